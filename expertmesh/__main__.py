@@ -1,0 +1,7 @@
+"""`python -m expertmesh` is the command line."""
+
+import sys
+
+from expertmesh.cli import main
+
+sys.exit(main())

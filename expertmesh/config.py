@@ -1,0 +1,388 @@
+"""What a model is (from its config.json) and how the engine runs it. Both frozen: `resolve` returns a new one."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from expertmesh.errors import InputError
+
+# architectures entry of config.json -> the family whose defaults apply
+ARCHITECTURES = {"DeepseekV2ForCausalLM": "deepseek_v2", "DeepseekV3ForCausalLM": "deepseek_v3"}
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN context extension (Peng et al. 2023) with DeepSeek's two mscale fields."""
+
+    factor: float
+    original_max_position: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None
+    truncate: bool = True
+
+    def mscale_for(self, weight: float) -> float:
+        return 1.0 if self.factor <= 1 else 0.1 * weight * math.log(self.factor) + 1.0
+
+    @property
+    def rotary_scale(self) -> float:
+        """Factor on the cosines and sines."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return self.mscale_for(self.mscale) / self.mscale_for(self.mscale_all_dim)
+        return self.mscale_for(1.0)
+
+    @property
+    def softmax_scale(self) -> float:
+        """Factor on the attention scores."""
+        return self.mscale_for(self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One model of the DeepSeek V2/V3 family, in the names of the official config.json.
+
+    Routing is told by fields, not by the family: scoring_func and topk_method. Weights of the chosen experts are
+    normalised where norm_topk_prob says so and the scores are sigmoids; softmax scores are only scaled, as in
+    DeepSeek's own inference code.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    n_routed_experts: int
+    n_shared_experts: int
+    num_experts_per_tok: int
+    n_group: int
+    topk_group: int
+    topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"]
+    scoring_func: Literal["softmax", "sigmoid"]
+    norm_topk_prob: bool
+    routed_scaling_factor: float
+    first_k_dense_replace: int
+    moe_layer_freq: int
+    num_nextn_predict_layers: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_interleave: bool
+    yarn: Yarn | None
+    attention_bias: bool
+    tie_word_embeddings: bool
+    dtype: str
+    fp8_block: tuple[int, int] | None
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_dim(self) -> int:
+        """Numbers that the cache keeps for one token of one layer: the latent and the shared rotary key."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        return float(self.qk_head_dim**-0.5) * (self.yarn.softmax_scale if self.yarn else 1.0)
+
+    def is_moe(self, layer: int) -> bool:
+        return (
+            self.n_routed_experts > 0
+            and layer >= self.first_k_dense_replace
+            and layer % self.moe_layer_freq == 0
+        )
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Layers of the main model that have routed experts."""
+        return tuple(i for i in range(self.num_hidden_layers) if self.is_moe(i))
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "ModelConfig":
+        """Read config.json of a folder in the Hugging Face layout. InputError where it cannot be used."""
+        if not folder.exists():
+            raise InputError(
+                f"{folder}: no such folder; name a folder that holds config.json and *.safetensors"
+            )
+        path = folder / "config.json"
+        if not path.is_file():
+            raise InputError(
+                f"{folder}: there is no config.json in it, so this is not a model in the Hugging Face layout"
+            )
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: not valid JSON ({error})") from None
+        if not isinstance(data, dict):
+            raise InputError(f"{path}: holds a {type(data).__name__}, not an object")
+        return cls.from_dict(data, str(path))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "config.json") -> "ModelConfig":
+        """From the fields of config.json, the official ones or those that transformers 5 writes."""
+        names = data.get("architectures")
+        architecture = names[0] if isinstance(names, list) and names else "(none)"
+        if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+            raise InputError(
+                f"{where}: architecture {architecture} is not supported; supported are {', '.join(ARCHITECTURES)}"
+            )
+        values = _plain_fields(data, _defaults(ARCHITECTURES[architecture]), where)
+        values["architecture"] = architecture
+        values["q_lora_rank"] = values["q_lora_rank"] or None  # 0 in DeepSeek's own inference configurations
+        rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+        if not isinstance(rope, Mapping):
+            raise InputError(f"{where}: rope_scaling is {rope!r}, not an object")
+        theta = _number(data, "rope_theta", 10000.0, where)
+        values["rope_theta"] = _number(rope, "rope_theta", theta, where)
+        values["yarn"] = _yarn(rope, values["max_position_embeddings"], where)
+        values["dtype"] = str(data.get("dtype") or data.get("torch_dtype") or "bfloat16").removeprefix(
+            "torch."
+        )
+        values["fp8_block"] = _fp8_block(data.get("quantization_config"), where)
+        eos = data.get("eos_token_id")
+        values["eos_token_ids"] = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+        if not all(_fits(int, token) for token in values["eos_token_ids"]):
+            raise InputError(f"{where}: eos_token_id is {eos!r}, neither a token id nor a list of them")
+        if values["topk_method"] == "gready":  # the spelling of DeepSeek-V2's own default
+            values["topk_method"] = "greedy"
+        config = cls(**values)
+        config._check(data, where)
+        return config
+
+    def _check(self, data: Mapping[str, Any], where: str) -> None:
+        wrong = [f"{name} is 0" for name in _AT_LEAST_ONE if getattr(self, name) < 1]
+        if wrong:
+            raise InputError(f"{where}: {'; '.join(wrong)}")
+        if data.get("hidden_act", "silu") != "silu":
+            wrong.append(f"hidden_act {data['hidden_act']!r} is not supported, only 'silu'")
+        if self.scoring_func not in ("softmax", "sigmoid"):
+            wrong.append(f"scoring_func {self.scoring_func!r} is not one of softmax, sigmoid")
+        if self.topk_method not in ("greedy", "group_limited_greedy", "noaux_tc"):
+            wrong.append(
+                f"topk_method {self.topk_method!r} is not one of greedy, group_limited_greedy, noaux_tc"
+            )
+        if self.n_routed_experts and self.moe_layers:
+            if not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
+                wrong.append(
+                    f"num_experts_per_tok {self.num_experts_per_tok} of {self.n_routed_experts} experts"
+                )
+            if self.n_group < 1 or self.n_routed_experts % self.n_group:
+                wrong.append(
+                    f"n_group {self.n_group} does not divide n_routed_experts {self.n_routed_experts}"
+                )
+            elif not 1 <= self.topk_group <= self.n_group:
+                wrong.append(f"topk_group {self.topk_group} of {self.n_group} groups")
+            elif self.n_routed_experts // self.n_group * self.topk_group < self.num_experts_per_tok:
+                wrong.append(f"{self.topk_group} groups hold fewer than {self.num_experts_per_tok} experts")
+        if self.qk_rope_head_dim % 2:
+            wrong.append(f"qk_rope_head_dim {self.qk_rope_head_dim} is odd")
+        if self.rope_theta <= 1:
+            wrong.append(f"rope_theta is {self.rope_theta}, but must be above 1")
+        if wrong:
+            raise InputError(f"{where}: {'; '.join(wrong)}")
+
+
+# Fields that are not taken from the file as they are.
+_DERIVED = {"architecture", "rope_theta", "yarn", "dtype", "fp8_block", "eos_token_ids"}
+_AT_LEAST_ONE = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim",
+    "qk_rope_head_dim", "v_head_dim", "max_position_embeddings", "moe_layer_freq",
+)  # fmt: skip
+_KINDS: dict[Any, str] = {int: "a count", int | None: "a count", float: "a number", bool: "true or false"}
+
+
+def _defaults(family: str) -> dict[str, Any]:
+    """Of the fields that a file may leave out, or set to null."""
+    sigmoid = family == "deepseek_v3"
+    return {
+        "n_routed_experts": 0,
+        "n_shared_experts": 0,
+        "num_experts_per_tok": 0,
+        "moe_intermediate_size": 0,
+        "q_lora_rank": None,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "noaux_tc" if sigmoid else "greedy",
+        "scoring_func": "sigmoid" if sigmoid else "softmax",
+        "norm_topk_prob": sigmoid,
+        "routed_scaling_factor": 1.0,
+        "first_k_dense_replace": 0,
+        "moe_layer_freq": 1,
+        "num_nextn_predict_layers": 0,
+        "rms_norm_eps": 1e-6,
+        "rope_interleave": True,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+    }
+
+
+def _plain_fields(data: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
+    values, missing, wrong = {}, [], []
+    for field in fields(ModelConfig):
+        if field.name in _DERIVED:
+            continue
+        value = data.get(field.name)
+        if value is None:
+            value = defaults.get(field.name)
+            if field.name not in defaults:
+                missing.append(field.name)
+        elif field.type in _KINDS and not _fits(field.type, value):
+            wrong.append(f"{field.name} is {value!r}, not {_KINDS[field.type]}")
+        values[field.name] = value
+    if missing:
+        raise InputError(f"{where}: fields are missing: {', '.join(missing)}")
+    if wrong:
+        raise InputError(f"{where}: {'; '.join(wrong)}")
+    return values
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    """Whether a value of a JSON file is a count, a finite number, a truth value."""
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    if kind is float:
+        return isinstance(value, int | float) and abs(value) < 1e30
+    return isinstance(value, int) and 0 <= value < 1 << 31
+
+
+def _number(data: Mapping[str, Any], name: str, default: Any, where: str) -> Any:
+    """A number of an object, the default where it is absent or null."""
+    value = data.get(name)
+    if value is None:
+        return default
+    if not _fits(float, value):
+        raise InputError(f"{where}: {name} is {value!r}, not a number")
+    return float(value)
+
+
+def _yarn(rope: Mapping[str, Any], max_position: int, where: str) -> Yarn | None:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return None
+    if kind != "yarn":
+        raise InputError(f"{where}: rope type {kind!r} is not supported, only 'default' and 'yarn'")
+    original = rope.get("original_max_position_embeddings")
+    if not original or not _fits(int, original):
+        raise InputError(f"{where}: YaRN needs original_max_position_embeddings, a count of at least 1")
+    factor = _number(rope, "factor", max_position / original, where)
+    fast, slow = (_number(rope, "beta_fast", 32.0, where), _number(rope, "beta_slow", 1.0, where))
+    if min(factor, fast, slow) <= 0:
+        raise InputError(f"{where}: YaRN needs factor, beta_fast and beta_slow above 0")
+    return Yarn(
+        factor=factor,
+        original_max_position=original,
+        beta_fast=fast,
+        beta_slow=slow,
+        mscale=_number(rope, "mscale", None, where),
+        mscale_all_dim=_number(rope, "mscale_all_dim", None, where),
+        attention_factor=_number(rope, "attention_factor", None, where),
+        truncate=bool(rope.get("truncate", True)),
+    )
+
+
+def _fp8_block(quantization: Any, where: str) -> tuple[int, int] | None:
+    if not quantization:
+        return None
+    given = quantization if isinstance(quantization, Mapping) else {}
+    method, block = given.get("quant_method"), given.get("weight_block_size")
+    if method != "fp8" or not block:
+        raise InputError(
+            f"{where}: quantisation {method!r} is not supported, only 'fp8' with weight_block_size"
+        )
+    if not isinstance(block, list) or len(block) != 2 or not all(_fits(int, n) and n for n in block):
+        raise InputError(f"{where}: weight_block_size is {block!r}, not two sizes of at least 1")
+    return (block[0], block[1])
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How one engine runs. None means: worked out once by `resolve`, from the model and the memory.
+
+    dtype: what the weights are computed in; "auto" takes the checkpoint's.
+    max_context: longest request in tokens, prompt and output together.
+    max_batch_tokens: token rows of one step; at least max_batch_requests, so that decoding never starves.
+    max_batch_requests: requests that run at the same time; the others wait.
+    chunk: most prompt tokens of one request in one step (chunked prefill); None for no limit but the step's.
+    page_size: tokens in one page of the latent cache.
+    cache_tokens: tokens that the latent cache holds in all.
+    prefix_cache: whether requests share the pages of equal beginnings.
+    strict: refuse to start where an op would run on its reference.
+    """
+
+    dtype: str = "auto"
+    max_context: int | None = None
+    max_batch_tokens: int = 2048
+    max_batch_requests: int = 64
+    chunk: int | None = None
+    page_size: int = 32
+    cache_tokens: int | None = None
+    prefix_cache: bool = True
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise InputError(f"dtype {self.dtype!r} is not one of auto, float32, bfloat16")
+        for name in (
+            "max_context",
+            "max_batch_tokens",
+            "max_batch_requests",
+            "chunk",
+            "page_size",
+            "cache_tokens",
+        ):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise InputError(f"{name} is {value!r}, but must be a whole number of at least 1")
+        if self.max_batch_tokens < self.max_batch_requests:
+            raise InputError(
+                f"max_batch_tokens {self.max_batch_tokens} is less than max_batch_requests "
+                f"{self.max_batch_requests}: every running request needs one token row a step"
+            )
+
+    def resolve(self, model: ModelConfig, free_bytes: int) -> "EngineConfig":
+        """Fill in what is open. free_bytes: memory left for the cache once the weights are in place."""
+        dtype = self.dtype
+        if dtype == "auto":
+            dtype = "float32" if model.dtype == "float32" else "bfloat16"
+        max_context = self.max_context or model.max_position_embeddings
+        if max_context > model.max_position_embeddings:
+            raise InputError(
+                f"max_context {max_context} is more than the model's {model.max_position_embeddings} positions"
+            )
+        per_token = cache_bytes_per_token(model, dtype)
+        cache_tokens = self.cache_tokens
+        if cache_tokens is None:
+            # Enough for every running request at full length, but no more than half of what is free, nor more
+            # than 1 GiB: pages are touched on first use, and a laptop has other work.
+            wanted = min(max_context * self.max_batch_requests, (1 << 30) // per_token)
+            cache_tokens = max(self.page_size, min(wanted, free_bytes // 2 // per_token))
+        pages = -(-cache_tokens // self.page_size)
+        return replace(
+            self,
+            dtype=dtype,
+            max_context=min(max_context, pages * self.page_size),
+            cache_tokens=pages * self.page_size,
+            chunk=self.chunk or self.max_batch_tokens,
+        )
+
+
+def cache_bytes_per_token(model: ModelConfig, dtype: str) -> int:
+    return model.num_hidden_layers * model.latent_dim * (4 if dtype == "float32" else 2)

@@ -1,0 +1,9 @@
+"""The one error that a user's input can cause."""
+
+
+class InputError(ValueError):
+    """What was given cannot be used: a folder, a file, a setting, a prompt.
+
+    The message is one sentence or a short list: what was wrong, and what to do. The command line prints it and
+    exits with 2; the server answers 400.
+    """

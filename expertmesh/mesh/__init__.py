@@ -1,0 +1,1 @@
+"""Where experts are and who sends what to whom: plain data and pure functions, no device, no process group."""

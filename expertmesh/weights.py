@@ -1,0 +1,182 @@
+"""The weights of a model, described as data before they exist: name, shape, type, what they are, how they split.
+
+The loader reads by this description, and whoever counts memory counts it here: there is no second list of tensors.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from expertmesh.config import ModelConfig
+from expertmesh.errors import InputError
+
+Kind = Literal["embedding", "attention", "dense", "router", "shared", "routed", "norm", "mtp"]
+DTYPE_BYTES = {"float8_e4m3fn": 1, "bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One tensor of a checkpoint.
+
+    split: the axis that a TP group splits, None where every rank holds the whole. expert: the routed expert that it
+    belongs to, held by the ranks that serve that expert. layer: None outside the layers.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: Kind
+    layer: int | None = None
+    split: int | None = None
+    expert: int | None = None
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+def describe(config: ModelConfig) -> list[Weight]:
+    """Every tensor of the official checkpoint of this model, in the order of the layers.
+
+    The MTP layers (DeepSeek-V3, section 2.2) follow the main ones, with their own copies of embedding and head.
+    """
+    return list(_model(config))
+
+
+def _model(c: ModelConfig) -> Iterator[Weight]:
+    yield Weight("model.embed_tokens.weight", (c.vocab_size, c.hidden_size), _plain(c), "embedding", split=0)
+    for layer in range(c.num_hidden_layers):
+        yield from _layer(c, layer)
+    yield Weight("model.norm.weight", (c.hidden_size,), _plain(c), "norm")
+    if not c.tie_word_embeddings:
+        yield Weight("lm_head.weight", (c.vocab_size, c.hidden_size), _plain(c), "embedding", split=0)
+    for layer in range(c.num_hidden_layers, c.num_hidden_layers + c.num_nextn_predict_layers):
+        yield from _mtp_layer(c, layer)
+
+
+def _plain(c: ModelConfig) -> str:
+    """Type of what is never quantised."""
+    return c.dtype if c.fp8_block is None else "bfloat16"
+
+
+def _linear(
+    c: ModelConfig, name: str, rows: int, columns: int, kind: Kind, layer: int, split: int | None = None,
+    expert: int | None = None,
+) -> Iterator[Weight]:  # fmt: skip
+    """A matrix [rows, columns] and, in an FP8 checkpoint, the scales of its blocks."""
+    dtype = c.dtype if c.fp8_block is None else "float8_e4m3fn"
+    yield Weight(f"{name}.weight", (rows, columns), dtype, kind, layer, split, expert)
+    if c.fp8_block is not None:
+        blocks = (-(-rows // c.fp8_block[0]), -(-columns // c.fp8_block[1]))
+        yield Weight(f"{name}.weight_scale_inv", blocks, "float32", kind, layer, split, expert)
+
+
+def _layer(c: ModelConfig, layer: int) -> Iterator[Weight]:
+    prefix = f"model.layers.{layer}"
+    yield from _attention(c, f"{prefix}.self_attn", layer)
+    if c.is_moe(layer):
+        yield from _moe(c, f"{prefix}.mlp", layer)
+    else:
+        yield from _ffn(c, f"{prefix}.mlp", c.intermediate_size, "dense", layer, split=True)
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        yield Weight(f"{prefix}.{norm}.weight", (c.hidden_size,), _plain(c), "norm", layer)
+
+
+def _attention(c: ModelConfig, prefix: str, layer: int) -> Iterator[Weight]:
+    heads, hidden = c.num_attention_heads, c.hidden_size
+
+    def linear(
+        name: str, rows: int, columns: int, split: int | None = None, bias: bool = False
+    ) -> Iterator[Weight]:
+        yield from _linear(c, f"{prefix}.{name}", rows, columns, "attention", layer, split)
+        if bias and c.attention_bias:
+            yield Weight(f"{prefix}.{name}.bias", (rows,), _plain(c), "attention", layer)
+
+    if c.q_lora_rank is None:
+        yield from linear("q_proj", heads * c.qk_head_dim, hidden, split=0)
+    else:
+        yield from linear("q_a_proj", c.q_lora_rank, hidden, bias=True)
+        yield Weight(f"{prefix}.q_a_layernorm.weight", (c.q_lora_rank,), _plain(c), "norm", layer)
+        yield from linear("q_b_proj", heads * c.qk_head_dim, c.q_lora_rank, split=0)
+    yield from linear("kv_a_proj_with_mqa", c.latent_dim, hidden, bias=True)
+    yield Weight(f"{prefix}.kv_a_layernorm.weight", (c.kv_lora_rank,), _plain(c), "norm", layer)
+    yield from linear("kv_b_proj", heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank, split=0)
+    yield from linear("o_proj", hidden, heads * c.v_head_dim, split=1, bias=True)
+
+
+def _ffn(
+    c: ModelConfig,
+    prefix: str,
+    width: int,
+    kind: Kind,
+    layer: int,
+    split: bool = False,
+    expert: int | None = None,
+) -> Iterator[Weight]:
+    up, down = (0, 1) if split else (None, None)
+    yield from _linear(c, f"{prefix}.gate_proj", width, c.hidden_size, kind, layer, up, expert)
+    yield from _linear(c, f"{prefix}.up_proj", width, c.hidden_size, kind, layer, up, expert)
+    yield from _linear(c, f"{prefix}.down_proj", c.hidden_size, width, kind, layer, down, expert)
+
+
+def _moe(c: ModelConfig, prefix: str, layer: int) -> Iterator[Weight]:
+    experts = c.n_routed_experts
+    yield Weight(f"{prefix}.gate.weight", (experts, c.hidden_size), _plain(c), "router", layer)
+    if c.topk_method == "noaux_tc":
+        yield Weight(f"{prefix}.gate.e_score_correction_bias", (experts,), "float32", "router", layer)
+    for expert in range(experts):
+        name = f"{prefix}.experts.{expert}"
+        yield from _ffn(c, name, c.moe_intermediate_size, "routed", layer, expert=expert)
+    if c.n_shared_experts:
+        width = c.moe_intermediate_size * c.n_shared_experts
+        yield from _ffn(c, f"{prefix}.shared_experts", width, "shared", layer)
+
+
+def _mtp_layer(c: ModelConfig, layer: int) -> Iterator[Weight]:
+    prefix, hidden = f"model.layers.{layer}", c.hidden_size
+    yield Weight(f"{prefix}.embed_tokens.weight", (c.vocab_size, hidden), _plain(c), "mtp", layer, split=0)
+    for norm in ("enorm", "hnorm"):
+        yield Weight(f"{prefix}.{norm}.weight", (hidden,), _plain(c), "mtp", layer)
+    yield Weight(f"{prefix}.eh_proj.weight", (hidden, 2 * hidden), _plain(c), "mtp", layer)
+    yield from _layer(c, layer)
+    yield Weight(f"{prefix}.shared_head.norm.weight", (hidden,), _plain(c), "mtp", layer)
+    yield Weight(
+        f"{prefix}.shared_head.head.weight", (c.vocab_size, hidden), _plain(c), "mtp", layer, split=0
+    )
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one rank holds of a model: its share of the TP group's split axes, and its slots of routed experts.
+
+    slots: for each layer with routed experts, the expert in each of the rank's slots (-1: empty).
+    """
+
+    slots: dict[int, tuple[int, ...]]
+    tp_rank: int = 0
+    tp_size: int = 1
+
+    @staticmethod
+    def whole(config: ModelConfig) -> "Shard":
+        """Everything, for an engine of one rank."""
+        every = tuple(range(config.n_routed_experts))
+        return Shard(dict.fromkeys(config.moe_layers, every))
+
+    def part(self, size: int, what: str) -> range:
+        """My range of an axis of this size."""
+        if size % self.tp_size:
+            raise InputError(f"{what} {size} does not divide by the TP group's size {self.tp_size}")
+        share = size // self.tp_size
+        return range(self.tp_rank * share, (self.tp_rank + 1) * share)
+
+
+def count_parameters(weights: list[Weight]) -> Counter[str]:
+    """Numbers held in each type, block scales included, as model hubs publish them."""
+    counts: Counter[str] = Counter()
+    for weight in weights:
+        counts[weight.dtype] += weight.numel
+    return counts
