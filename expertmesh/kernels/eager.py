@@ -1,0 +1,185 @@
+"""Versions of the ops that get their speed from PyTorch's own library kernels, on any device.
+
+Signatures and shapes are documented in `table`, semantics in `reference`.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad, scaled_dot_product_attention, silu
+from torch.nn.functional import rms_norm as torch_rms_norm
+
+from expertmesh.kernels.reference import LATENT_EPS
+from expertmesh.kernels.types import AttentionRows, Prefill, Rotary
+
+# Below this size the weights of all experts are cheap to read, hit or not, next to the calls that reading only
+# the hit ones would take.
+SMALL_EXPERTS_BYTES = 8 << 20
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    return torch_rms_norm(x_TD, weight_D.shape, weight_D, eps)
+
+
+def mla_down(
+    x_TD: Tensor, norm_D: Tensor, eps: float, a_XD: Tensor, bias_X: Tensor | None, q_norm: Tensor | None,
+    kv_norm_C: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x_TD = rms_norm(x_TD, norm_D, eps)
+    q_lora = 0 if q_norm is None else q_norm.shape[0]
+    latent = kv_norm_C.shape[0]
+    low = linear(x_TD, a_XD, bias_X)
+    c_q = x_TD if q_norm is None else rms_norm(low[:, :q_lora], q_norm, LATENT_EPS)
+    return c_q, rms_norm(low[:, q_lora : q_lora + latent], kv_norm_C, LATENT_EPS), low[:, q_lora + latent :]
+
+
+def mla_attention(
+    q_THN: Tensor,
+    q_THP: Tensor,
+    rows: AttentionRows,
+    cache: Tensor,
+    kv_b: Tensor,
+    scale: float,
+    value_dim: int,
+) -> Tensor:
+    """Absorbed for short queries, so that the latents are attended over as they are; expanded for long ones, where
+    the cost of expanding the latents once is spread over many rows."""
+    heads, nope = q_THN.shape[1], q_THN.shape[2]
+    up = kv_b.view(heads, nope + value_dim, -1)
+    w_uk, w_uv = up[:, :nope], up[:, nope:]
+    parts = []
+    if rows.decoding:
+        n = rows.decoding
+        query = _absorb(q_THN[:n], q_THP[:n], w_uk)
+        known = cache[rows.pages_BM].flatten(1, 2)
+        later = torch.arange(known.shape[1], device=cache.device) >= rows.lengths_B[:, None]
+        parts.append(_attend_latents(query, known, later[:, None], w_uv, scale))
+    for prefill in rows.prefills:
+        span = slice(prefill.first, prefill.first + prefill.count)
+        known = cache[prefill.pages_M].flatten(0, 1)[: prefill.length]
+        if _absorbing_pays(prefill, nope, value_dim, cache.shape[-1], w_uk.shape[-1]):
+            # [q, H, X] -> [1, q * H, X]: all heads of all rows attend over the same latents.
+            query = _absorb(q_THN[span], q_THP[span], w_uk)
+            later = _later(prefill, cache.device).repeat_interleave(heads, 0)
+            out = _attend_latents(query.view(1, -1, query.shape[-1]), known[None], later[None], w_uv, scale)
+            parts.append(out)
+        else:
+            parts.append(_attend_expanded(q_THN[span], q_THP[span], known, prefill, kv_b, scale))
+    if not parts:  # a rank without rows steps with the others
+        return q_THN.new_empty(0, heads * value_dim)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _absorbing_pays(prefill: Prefill, nope: int, value: int, cached: int, latent: int) -> bool:
+    """Whether attending over latents costs fewer multiplications per head than expanding them first."""
+    pairs = prefill.count * prefill.length
+    absorbed = pairs * (cached + latent) + prefill.count * latent * (nope + value)
+    expanded = pairs * (cached - latent + nope + value) + prefill.length * latent * (nope + value)
+    return absorbed < expanded
+
+
+def _absorb(q_THN: Tensor, q_THP: Tensor, w_uk: Tensor) -> Tensor:
+    """Query in the latents' own space, [T, H, C + P]."""
+    latent_q = torch.bmm(q_THN.transpose(0, 1), w_uk).transpose(0, 1)
+    return torch.cat((latent_q, q_THP), dim=-1)
+
+
+def _attend_latents(query: Tensor, known: Tensor, later: Tensor, w_uv: Tensor, scale: float) -> Tensor:
+    """query [B, q * H, C + P] over known [B, M, C + P], later [B, 1 or q * H, M] masked. Returns [B * q, H * V]."""
+    heads, _, latent = w_uv.shape
+    scores = torch.bmm(query.flatten(1, -2), known.transpose(1, 2)).float() * scale
+    weights = scores.masked_fill_(later, float("-inf")).softmax(dim=-1).to(known.dtype)
+    out = torch.bmm(weights, known[..., :latent]).view(-1, heads, latent)
+    # The weights first: as the second factor they would have to be transposed, which costs several times as much.
+    return torch.bmm(w_uv, out.permute(1, 2, 0)).permute(2, 0, 1).flatten(1)
+
+
+def _attend_expanded(
+    q_THN: Tensor, q_THP: Tensor, known: Tensor, prefill: Prefill, kv_b: Tensor, scale: float
+) -> Tensor:
+    heads, nope, latent = q_THN.shape[1], q_THN.shape[2], kv_b.shape[-1]
+    up = linear(known[:, :latent], kv_b).view(prefill.length, heads, -1)
+    value_dim = up.shape[-1] - nope
+    keys = torch.cat((up[..., :nope], known[:, None, latent:].expand(-1, heads, -1)), dim=-1)
+    query = torch.cat((q_THN, q_THP), dim=-1)
+    # The fused kernels want heads of one size.
+    width = max(keys.shape[-1], value_dim)
+    q, k, v = (
+        pad(t, (0, width - t.shape[-1])).transpose(0, 1).unsqueeze(0) for t in (query, keys, up[..., nope:])
+    )
+    whole = prefill.count == prefill.length
+    mask = None if whole else ~_later(prefill, known.device)
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole, scale=scale)
+    return out[0, ..., :value_dim].transpose(0, 1).flatten(1)
+
+
+def _later(prefill: Prefill, device: torch.device) -> Tensor:
+    """[count, length]: which known tokens come after a row's own."""
+    ones = torch.ones(prefill.count, prefill.length, dtype=torch.bool, device=device)
+    return ones.triu(prefill.length - prefill.count + 1)
+
+
+def experts(
+    x_RD: Tensor, slots_RK: Tensor, weights_RK: Tensor, gate_up_SID: Tensor, down_SDI: Tensor
+) -> Tensor:
+    """Pairs of a row and a slot, sorted by slot; one matrix product per hit slot, or one batched product over all
+    slots where rows are few."""
+    choices = slots_RK.shape[1]
+    flat = slots_RK.flatten()
+    slots = gate_up_SID.shape[0]
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat + 1, minlength=slots + 1).tolist()
+    skipped, counts = counts[0], counts[1:]  # -1, not mine, sorts first
+    mine = order[skipped:]
+    y_PD = x_RD.new_zeros(flat.shape[0], x_RD.shape[1])
+    if mine.shape[0]:
+        rows = mine // choices
+        if _batching_pays(counts, gate_up_SID, down_SDI):
+            y = _experts_batched(x_RD, rows, flat[mine], counts, gate_up_SID, down_SDI)
+        else:
+            y = _experts_one_by_one(x_RD[rows], counts, gate_up_SID, down_SDI)
+        y_PD[mine] = y
+    weights = weights_RK.to(x_RD.dtype).unsqueeze(1)
+    return torch.bmm(weights, y_PD.view(-1, choices, x_RD.shape[1])).squeeze(1)
+
+
+def _batching_pays(counts: list[int], gate_up_SID: Tensor, down_SDI: Tensor) -> bool:
+    hit = sum(c > 0 for c in counts)
+    padded, pairs = len(counts) * max(counts), sum(counts)
+    size = (gate_up_SID.numel() + down_SDI.numel()) * gate_up_SID.element_size()
+    few_wasted = size <= SMALL_EXPERTS_BYTES or hit * 2 >= len(counts)
+    return few_wasted and (padded <= 2048 or padded <= 2 * pairs)
+
+
+def _experts_batched(
+    x_RD: Tensor, rows: Tensor, slots: Tensor, counts: list[int], gate_up_SID: Tensor, down_SDI: Tensor
+) -> Tensor:
+    """One product over all slots, each padded to the rows of the fullest: exact, since padding is not read back."""
+    starts = torch.tensor([0, *counts[:-1]], device=x_RD.device).cumsum(0)
+    place = torch.arange(rows.shape[0], device=x_RD.device) - starts[slots]
+    x = x_RD.new_zeros(len(counts), max(counts), x_RD.shape[1])
+    x[slots, place] = x_RD[rows]
+    gate, up = torch.bmm(x, gate_up_SID.transpose(1, 2)).chunk(2, dim=-1)
+    return torch.bmm(silu(gate).mul_(up), down_SDI.transpose(1, 2))[slots, place]
+
+
+def _experts_one_by_one(x_PD: Tensor, counts: list[int], gate_up_SID: Tensor, down_SDI: Tensor) -> Tensor:
+    hit = [(slot, x) for slot, x in enumerate(x_PD.split(counts)) if counts[slot]]
+    gate, up = torch.cat([linear(x, gate_up_SID[slot]) for slot, x in hit]).chunk(2, dim=-1)
+    inner = silu(gate).mul_(up).split([x.shape[0] for _, x in hit])
+    return torch.cat([linear(x, down_SDI[slot]) for x, (slot, _) in zip(inner, hit, strict=True)])
+
+
+def mla_up(
+    c_q: Tensor, c_kv_TC: Tensor, k_TP: Tensor, q_b: Tensor, rotary: Rotary, rows: AttentionRows, cache: Tensor,
+    heads: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Query heads and the key that they share are rotated together."""
+    rope = k_TP.shape[-1]
+    q = linear(c_q, q_b).unflatten(-1, (heads, -1))
+    both = torch.cat((q[..., -rope:], k_TP.unsqueeze(1)), dim=1).float()
+    first, second = (both[..., 0::2], both[..., 1::2]) if rotary.interleaved else both.chunk(2, dim=-1)
+    cos, sin = rotary.cos, rotary.sin
+    both = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(q.dtype)
+    latents = torch.cat((c_kv_TC, both[:, -1]), dim=-1)
+    cache.view(-1, cache.shape[-1]).index_copy_(0, rows.slots_T, latents)
+    return q[..., :-rope], both[:, :-1]

@@ -1,0 +1,86 @@
+"""What ops take besides tensors."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from expertmesh.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a router's logits become experts and weights (DeepSeek-V2, section 2.1.2; V3, section 2.1.2)."""
+
+    experts_per_token: int
+    groups: int
+    groups_per_token: int
+    method: Literal["greedy", "group_limited_greedy", "noaux_tc"]
+    scoring: Literal["softmax", "sigmoid"]
+    normalise: bool
+    scale: float
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Cosines and sines of the rows of a step, [T, 1, P / 2] each, and how a head pairs its numbers.
+
+    interleaved: pairs are (0, 1), (2, 3), ... as in DeepSeek's checkpoints; else (0, P/2), (1, P/2 + 1), ...
+    """
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """One sequence with several rows in this step: rows [first, first + count) of the step are its last `count`
+    known tokens; pages_M are its pages, which hold `length` tokens once this step's are written."""
+
+    first: int
+    count: int
+    length: int
+    pages_M: Tensor
+
+
+@dataclass(frozen=True)
+class AttentionRows:
+    """Which sequences the rows of a step belong to. The first `decoding` rows are one each of as many sequences.
+
+    slots_T: where a row's latent goes, in tokens from the start of the cache. pages_BM: pages of the decoding
+    sequences, padded with page 0; lengths_B: their lengths, this step's token included.
+    """
+
+    slots_T: Tensor
+    decoding: int
+    pages_BM: Tensor
+    lengths_B: Tensor
+    prefills: tuple[Prefill, ...]
+
+
+def rotary_table(config: ModelConfig, positions: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every position, float32 [positions, P / 2] each, YaRN applied by its rope type."""
+    dim = config.qk_rope_head_dim
+    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    scale = 1.0
+    if config.yarn is not None:
+        yarn = config.yarn
+        scale = yarn.rotary_scale
+
+        def pair_with(rotations: float) -> float:
+            """The pair of numbers that turns so often within the original context (YaRN, section 3.2)."""
+            turns = yarn.original_max_position / (rotations * 2 * math.pi)
+            return dim * math.log(turns) / (2 * math.log(config.rope_theta))
+
+        low, high = pair_with(yarn.beta_fast), pair_with(yarn.beta_slow)
+        if yarn.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+        interpolated = ramp.clamp(0, 1)
+        frequencies = frequencies / yarn.factor * interpolated + frequencies * (1 - interpolated)
+    angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies)
+    return angles.cos() * scale, angles.sin() * scale
