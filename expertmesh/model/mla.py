@@ -1,0 +1,66 @@
+"""Multi-head latent attention (DeepSeek-V2, section 2.1), heads split over the TP group."""
+
+from torch import Tensor
+from torch.nn.functional import linear
+
+from expertmesh.config import ModelConfig
+from expertmesh.kernels import Kernels
+from expertmesh.model.layers import Destinations, New
+from expertmesh.model.step import Step
+from expertmesh.weights import Shard
+
+
+class MLA:
+    """The attention of one layer with the norm before it. `a` holds q_a and kv_a, so that one product serves both."""
+
+    def __init__(self, config: ModelConfig, layer: int, shard: Shard, kernels: Kernels, new: New) -> None:
+        c = config
+        self.config, self.layer, self.kernels = c, layer, kernels
+        self.heads = len(shard.part(c.num_attention_heads, "num_attention_heads"))
+        self.first_tp_rank = shard.tp_rank == 0
+        self.norm = new(c.hidden_size)
+        self.a = new((c.q_lora_rank or 0) + c.latent_dim, c.hidden_size)
+        self.q_norm = new(c.q_lora_rank) if c.q_lora_rank else None
+        self.kv_norm = new(c.kv_lora_rank)
+        self.q_b = new(self.heads * c.qk_head_dim, c.q_lora_rank or c.hidden_size)
+        self.kv_b = new(self.heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank)
+        self.o = new(c.hidden_size, self.heads * c.v_head_dim)
+        self.a_bias = new(self.a.shape[0]) if c.attention_bias else None
+        self.o_bias = new(c.hidden_size) if c.attention_bias else None
+        if self.a_bias is not None and not c.q_lora_rank:
+            self.a_bias.zero_()
+
+    def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
+        k, cache = self.kernels, step.cache[self.layer]
+        c_q, c_kv, k_R = k.mla_down(
+            x_TD, self.norm, self.config.rms_norm_eps, self.a, self.a_bias, self.q_norm, self.kv_norm
+        )
+        c_q, c_kv, k_R = step.tp.all_gather(c_q, c_kv, k_R)
+        q_N, q_P = k.mla_up(c_q, c_kv, k_R, self.q_b, step.rotary, step.rows, cache, self.heads)
+        out = k.mla_attention(
+            q_N, q_P, step.rows, cache, self.kv_b, self.config.softmax_scale, self.config.v_head_dim
+        )
+        # The bias is added once, by the first rank, before the sum over the group.
+        return step.tp.reduce_scatter(linear(out, self.o, self.o_bias if self.first_tp_rank else None))
+
+    def weights(self) -> Destinations:
+        q_lora = self.config.q_lora_rank or 0
+        names: Destinations = {
+            "input_layernorm.weight": self.norm,
+            "self_attn.kv_a_proj_with_mqa.weight": self.a[q_lora:],
+            "self_attn.kv_a_layernorm.weight": self.kv_norm,
+            "self_attn.kv_b_proj.weight": self.kv_b,
+            "self_attn.o_proj.weight": self.o,
+        }
+        if self.q_norm is None:
+            names["self_attn.q_proj.weight"] = self.q_b
+        else:
+            names["self_attn.q_a_proj.weight"] = self.a[:q_lora]
+            names["self_attn.q_a_layernorm.weight"] = self.q_norm
+            names["self_attn.q_b_proj.weight"] = self.q_b
+        if self.a_bias is not None and self.o_bias is not None:
+            names["self_attn.kv_a_proj_with_mqa.bias"] = self.a_bias[q_lora:]
+            names["self_attn.o_proj.bias"] = self.o_bias
+            if q_lora:
+                names["self_attn.q_a_proj.bias"] = self.a_bias[:q_lora]
+        return names
