@@ -1,0 +1,211 @@
+"""From a folder in the Hugging Face layout to one rank's weights: check everything first, then read only my ranges."""
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from expertmesh.config import ModelConfig
+from expertmesh.engine.safetensors import Entry, read_header
+from expertmesh.errors import InputError
+from expertmesh.model.layers import Destinations
+from expertmesh.weights import Shard, Weight, describe
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# Tables that some checkpoints carry and every engine computes.
+IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files are whole and whose tensors are those of the model."""
+
+    folder: Path
+    config: ModelConfig
+    weights: dict[str, Weight]
+    entries: dict[str, Entry]
+
+    @property
+    def has_mtp(self) -> bool:
+        return any(self.weights[name].layer == self.config.num_hidden_layers for name in self.entries)
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry.length for entry in self.entries.values())
+
+
+def open_checkpoint(folder: Path, config: ModelConfig) -> Checkpoint:
+    """Read all headers and compare them with the description of the model.
+
+    Raises one InputError that names every missing, surplus and misshapen tensor. MTP layers may be absent as a
+    whole: transformers writes checkpoints whose configuration names them without their tensors.
+    """
+    weights = {weight.name: weight for weight in describe(config)}
+    entries: dict[str, Entry] = {}
+    for file in _files(folder):
+        entries |= read_header(file)
+    entries = {n: e for n, e in entries.items() if not n.endswith(IGNORED_SUFFIXES)}
+    # What belongs to the next-token prediction layers is all there or not there at all.
+    mtp = {n for n, w in weights.items() if w.layer is not None and w.layer >= config.num_hidden_layers}
+    expected = weights.keys() if mtp & entries.keys() else weights.keys() - mtp
+    if config.tie_word_embeddings:
+        entries.pop("lm_head.weight", None)
+    problems = [f"missing: {name}" for name in weights if name in expected and name not in entries]
+    problems += [f"surplus: {name}" for name in entries if name not in weights]
+    for name, entry in entries.items():
+        weight = weights.get(name)
+        if weight is not None and entry.shape != weight.shape:
+            problems.append(
+                f"shape of {name}: {list(entry.shape)} in the file, {list(weight.shape)} in the model"
+            )
+        elif weight is not None and (entry.dtype == torch.float8_e4m3fn) != (weight.dtype == "float8_e4m3fn"):
+            problems.append(f"type of {name}: {entry.dtype} in the file, {weight.dtype} by config.json")
+    if problems:
+        shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise InputError(
+            f"{folder}: the tensors do not fit config.json ({len(problems)} problems):\n  "
+            + "\n  ".join(shown)
+        )
+    return Checkpoint(folder, config, weights, entries)
+
+
+def _files(folder: Path) -> list[Path]:
+    index, single = folder / INDEX, folder / SINGLE
+    if index.is_file():
+        try:
+            data = json.loads(index.read_text(encoding="utf-8"))
+            names = sorted(set(data["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise InputError(f"{index}: cannot be read as an index of shards ({error})") from None
+        outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+        if outside:
+            raise InputError(f"{index}: names files outside the folder: {', '.join(map(str, outside))}")
+        absent = [name for name in names if not (folder / name).is_file()]
+        if absent:
+            raise InputError(_missing_shards(folder, names, absent, data.get("metadata") or {}))
+        return [folder / name for name in names]
+    if single.is_file():
+        return [single]
+    others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
+    hint = f"; {others[0]} is of a format that is not read, convert it to safetensors" if others else ""
+    raise InputError(f"{folder}: there is neither {SINGLE} nor {INDEX} in it{hint}")
+
+
+def _missing_shards(folder: Path, names: list[str], absent: list[str], metadata: dict[str, object]) -> str:
+    message = f"{folder}: {len(absent)} of {len(names)} shards are missing: {', '.join(absent[:5])}"
+    if len(absent) > 5:
+        message += f" and {len(absent) - 5} more"
+    total = metadata.get("total_size")
+    if isinstance(total, int):
+        here = sum((folder / name).stat().st_size for name in names if name not in absent)
+        free = shutil.disk_usage(folder).free
+        left = max(0, total - here)
+        message += f"; {_gb(left)} are still to come, and the disk has {_gb(free)} free"
+        if left > free:
+            message += ": too small for this model"
+    return message
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.1f} GB"
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: of the machine, of its cgroup, of its address space limit."""
+    free = psutil.virtual_memory().available
+    for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        for root in ("/sys/fs/cgroup", "/sys/fs/cgroup/memory"):
+            try:
+                bound = int(Path(root, limit).read_text()) - int(Path(root, used).read_text())
+            except (OSError, ValueError):
+                continue
+            free = min(free, max(0, bound))
+    if sys.platform != "win32":
+        import resource
+
+        soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if soft != resource.RLIM_INFINITY:
+            free = min(free, max(0, soft - psutil.Process().memory_info().vms))
+    return free
+
+
+def check_memory(folder: Path, wanted: int, free: int) -> None:
+    """Say before loading that a model is too large, rather than be killed in the middle of it."""
+    if wanted > free:
+        raise InputError(
+            f"{folder}: its weights take {_gb(wanted)} in memory and {_gb(free)} are free here; "
+            "use a machine with more memory, or bfloat16 instead of float32"
+        )
+
+
+def static_bytes(weights: Destinations) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+
+
+def load(checkpoint: Checkpoint, destinations: Destinations, shard: Shard, progress: bool = False) -> int:
+    """Fill the destinations from the checkpoint, file by file in the order of the bytes. Returns the bytes read.
+
+    Each tensor is mapped, its range of this rank copied (FP8 blocks scaled) and unmapped, so that memory holds the
+    weights and at most one tensor of the file.
+    """
+    wanted = [(checkpoint.entries[name], name) for name in destinations]
+    wanted.sort(key=lambda item: (item[0].file, item[0].offset))
+    for file in {entry.file for entry, _ in wanted}:
+        if not os.access(file, os.R_OK):
+            raise InputError(f"{file}: cannot be read (permissions)")
+    read = 0
+    # No bar where standard error is no terminal: logs are not animated.
+    with tqdm(
+        total=static_bytes(destinations), unit="B", unit_scale=True, desc="loading", leave=False,
+        disable=None if progress else True,
+    ) as bar:  # fmt: skip
+        for entry, name in wanted:
+            target = destinations[name]
+            read += _load_one(checkpoint, name, entry, target, shard)
+            bar.update(target.numel() * target.element_size())
+    return read
+
+
+def _load_one(checkpoint: Checkpoint, name: str, entry: Entry, target: Tensor, shard: Shard) -> int:
+    weight = checkpoint.weights[name]
+    ranges = [
+        shard.part(size, name) if weight.split == axis else range(size)
+        for axis, size in enumerate(weight.shape)
+    ]
+    where = tuple(slice(r.start, r.stop) for r in ranges)
+    scale_entry = checkpoint.entries.get(f"{name}_scale_inv")
+    if scale_entry is None:
+        entry.read(lambda whole: target.copy_(whole[where]))
+        return target.numel() * entry.dtype.itemsize
+    block = checkpoint.config.fp8_block
+    assert block is not None
+    scale = torch.empty(scale_entry.shape)
+    scale_entry.read(lambda whole: scale.copy_(whole))
+    entry.read(lambda whole: dequantise_blocks(whole[where], scale, block, ranges, target))
+    return target.numel() + scale.numel() * 4
+
+
+def dequantise_blocks(
+    part: Tensor, scale: Tensor, block: tuple[int, int], ranges: list[range], target: Tensor
+) -> None:
+    """target = part * the scale of each element's block (DeepSeek-V3, section 3.3.2).
+
+    part is rows ranges[0] and columns ranges[1] of the whole matrix: it may start and end inside a block, so the
+    scales are found by absolute row and column. Works block row by block row, to need little memory.
+    """
+    rows, columns = ranges
+    column_scale = scale[:, torch.arange(columns.start, columns.stop) // block[1]]
+    start = rows.start
+    while start < rows.stop:
+        stop = min(rows.stop, (start // block[0] + 1) * block[0])
+        local = slice(start - rows.start, stop - rows.start)
+        target[local] = (part[local].float() * column_scale[start // block[0]]).to(target.dtype)
+        start = stop

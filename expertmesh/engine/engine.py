@@ -1,0 +1,165 @@
+"""The step loop: schedule, run, update, detokenise."""
+
+import itertools
+import json
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from expertmesh.config import EngineConfig, ModelConfig
+from expertmesh.engine.cache import PageCache
+from expertmesh.engine.checkpoint import open_checkpoint
+from expertmesh.engine.runner import Runner
+from expertmesh.engine.sampler import fold_seed
+from expertmesh.engine.scheduler import Scheduler
+from expertmesh.engine.text import OutputText
+from expertmesh.engine.tokenizer import Tokenizer
+from expertmesh.errors import InputError
+from expertmesh.kernels import kernels_for
+from expertmesh.mesh.topology import Topology
+from expertmesh.request import Output, Request, SamplingParams
+from expertmesh.weights import Shard
+
+
+class Engine:
+    """Runs requests until they end. Not thread-safe: one thread submits, steps and aborts."""
+
+    def __init__(
+        self, folder: Path, config: EngineConfig, topology: Topology | None = None, progress: bool = False
+    ) -> None:
+        self.topology = topology or Topology()
+        if self.topology.ranks > 1:
+            raise InputError(f"topology: {self.topology.ranks} ranks were asked for; this version runs one")
+        self.model = ModelConfig.from_folder(folder)
+        self.generation = _generation_config(folder)
+        self.tokenizer = Tokenizer.of(folder, self.model.vocab_size)
+        checkpoint = open_checkpoint(folder, self.model)
+        kernels = kernels_for("cpu", config.strict)
+        self.runner = Runner(checkpoint, config, kernels, Shard.whole(self.model), progress)
+        self.config = c = self.runner.config
+        assert c.cache_tokens and c.max_context and c.chunk  # resolved
+        cache = PageCache(c.cache_tokens // c.page_size, c.page_size, c.prefix_cache)
+        self.scheduler = Scheduler(cache, c.max_batch_tokens, c.max_batch_requests, c.chunk, c.max_context)
+        self.eos = frozenset(self._eos_ids())
+        self._texts: dict[str, OutputText] = {}
+        self._prompts: dict[str, str | None] = {}
+        self._requests: dict[str, Request] = {}
+        self._ids = itertools.count()
+
+    @property
+    def busy(self) -> bool:
+        return self.scheduler.busy
+
+    def default_params(self, **changes: Any) -> SamplingParams:
+        """Sampling parameters that the checkpoint recommends in generation_config.json, with these changes."""
+        given = {k: v for k, v in self.generation.items() if k in _GENERATION_FIELDS and v is not None}
+        if self.generation.get("do_sample") is False:
+            given["temperature"] = 0.0
+        return SamplingParams(**(given | {k: v for k, v in changes.items() if v is not None}))
+
+    def check(self, tokens: Sequence[int], params: SamplingParams) -> None:
+        """InputError where this request could not run."""
+        wrong = [t for t in tokens if not isinstance(t, int) or not 0 <= t < self.model.vocab_size]
+        if wrong:
+            raise InputError(f"token id {wrong[0]!r} is outside the vocabulary of {self.model.vocab_size}")
+        if params.stop and self.tokenizer is None:
+            raise InputError("stop texts need a tokenizer, and this checkpoint has none; use stop_token_ids")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(params, name) or 0) > self.model.vocab_size:
+                raise InputError(f"{name} is more than the vocabulary of {self.model.vocab_size}")
+        self.scheduler.check_length(len(tokens), params.max_tokens)
+
+    def submit(
+        self,
+        tokens: Sequence[int],
+        params: SamplingParams,
+        request_id: str | None = None,
+        prompt: str | None = None,
+    ) -> Request:
+        """Queue a request. InputError where it could not run, and then nothing has changed."""
+        self.check(tokens, params)
+        request_id = request_id or f"r{next(self._ids)}"
+        if request_id in self._requests:
+            raise InputError(f"request id {request_id!r} is in use")
+        seed = fold_seed(params.seed) if params.seed is not None else secrets.randbits(63)
+        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos)
+        request = Request(request_id, list(tokens), len(tokens), params, seed, stop_ids)
+        self.scheduler.add(request)
+        self._texts[request_id] = OutputText(self.tokenizer.stream() if self.tokenizer else None, params.stop)
+        self._prompts[request_id] = prompt
+        self._requests[request_id] = request
+        return request
+
+    def abort(self, request_id: str) -> None:
+        """End a request at once and give back its pages; unknown ids are ended already."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            self.scheduler.abort(request)
+            self._forget(request_id)
+
+    def step(self) -> list[Output]:
+        """One step of the engine: every running request gets its rows. Returns what got a token or ended."""
+        batch = self.scheduler.schedule()
+        if not batch.slices:
+            return []
+        sampled = self.runner.run(batch)
+        return [self._output(request) for request in self.scheduler.update(batch, sampled)]
+
+    def _output(self, request: Request) -> Output:
+        text = self._texts[request.id]
+        delta = ""
+        if request.finish_reason != "stop" and request.output_length:
+            delta = text.push(request.tokens[-1])
+            if text.stopped:
+                self._stop_by_text(request)
+        if request.finish_reason is not None:
+            delta += text.finish()
+            if text.stopped:
+                request.finish_reason = "stop"
+        params = request.params
+        output = Output(
+            request_id=request.id,
+            prompt=self._prompts[request.id],
+            prompt_token_ids=request.tokens[: request.prompt_length],
+            text=text.text,
+            token_ids=request.tokens[request.prompt_length :],
+            finish_reason=request.finish_reason,
+            logprobs=list(request.logprobs) if params.logprobs is not None else None,
+            prompt_logprobs=list(request.prompt_logprobs) if params.prompt_logprobs is not None else None,
+            cached_tokens=request.cached_tokens,
+            delta=delta,
+        )
+        if output.finished:
+            self._forget(request.id)
+        return output
+
+    def _stop_by_text(self, request: Request) -> None:
+        if request.finish_reason is None:
+            self.scheduler.finish(request, "stop")
+
+    def _forget(self, request_id: str) -> None:
+        for table in (self._texts, self._prompts, self._requests):
+            table.pop(request_id, None)
+
+    def _eos_ids(self) -> set[int]:
+        eos = self.generation.get("eos_token_id")
+        ids = set(eos) if isinstance(eos, list) else {eos} if isinstance(eos, int) else set()
+        ids |= set(self.model.eos_token_ids) if not ids else set()
+        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
+            ids.add(self.tokenizer.eos_token_id)
+        return ids
+
+
+_GENERATION_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def _generation_config(folder: Path) -> dict[str, Any]:
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+    return data if isinstance(data, dict) else {}

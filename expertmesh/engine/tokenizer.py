@@ -1,0 +1,144 @@
+"""Text to tokens and back, by the files of the checkpoint. A chat template runs in Jinja's sandbox."""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers.decoders import DecodeStream
+
+from expertmesh.errors import InputError
+
+Message = Mapping[str, Any]
+
+
+class Tokenizer:
+    """tokenizer.json with the conventions of tokenizer_config.json: who adds the first token, the chat template."""
+
+    def __init__(self, folder: Path, vocab_size: int) -> None:
+        path = folder / "tokenizer.json"
+        try:
+            self._rust = RustTokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise InputError(f"{path}: cannot be read as a tokenizer ({error})") from None
+        self._rust.no_truncation()
+        self._rust.no_padding()
+        largest = max(self._rust.get_vocab(with_added_tokens=True).values(), default=0)
+        if largest >= vocab_size:
+            raise InputError(
+                f"{path}: has token ids up to {largest}, but the model's vocabulary has {vocab_size}; "
+                "they do not belong together"
+            )
+        self._config = _read_json(folder / "tokenizer_config.json")
+        self.bos, self.eos = self._named("bos_token"), self._named("eos_token")
+        self._template = self._chat_template(folder)
+
+    @staticmethod
+    def of(folder: Path, vocab_size: int) -> "Tokenizer | None":
+        """The folder's tokenizer; None where it has none, so that the model works with token ids."""
+        return Tokenizer(folder, vocab_size) if (folder / "tokenizer.json").is_file() else None
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._rust.token_to_id(self.eos) if self.eos else None
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids; special adds what the checkpoint puts before every text, the first token as a rule."""
+        ids: list[int] = self._rust.encode(text, add_special_tokens=special).ids
+        if special and self._config.get("add_bos_token") and self.bos:
+            bos = self._rust.token_to_id(self.bos)
+            if bos is not None and ids[:1] != [bos]:
+                ids = [bos, *ids]
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._rust.decode(list(ids), skip_special_tokens=True))
+
+    def token_text(self, token: int) -> str:
+        return str(self._rust.decode([token], skip_special_tokens=False))
+
+    def chat(self, messages: Sequence[Message], **variables: Any) -> list[int]:
+        """Token ids of a conversation, up to where the assistant's turn begins."""
+        return self.encode(self.render(messages, **variables), special=False)
+
+    def render(self, messages: Sequence[Message], **variables: Any) -> str:
+        """The conversation as text, by the checkpoint's own template."""
+        if self._template is None:
+            raise InputError("this checkpoint has no chat template; give the prompt as text or token ids")
+        for message in messages:
+            if not isinstance(message, Mapping) or "role" not in message:
+                raise InputError("a chat message must be an object with role and content")
+        try:
+            environment = ImmutableSandboxedEnvironment(
+                trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+            )
+            environment.globals["raise_exception"] = _raise
+            environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+            environment.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
+            return environment.from_string(self._template).render(
+                messages=list(messages), add_generation_prompt=True, bos_token=self.bos or "",
+                eos_token=self.eos or "", **variables,
+            )  # fmt: skip
+        except (TemplateError, TypeError, AttributeError, KeyError, ValueError) as error:
+            raise InputError(f"the chat template cannot render these messages: {error}") from None
+
+    def stream(self) -> "TextStream":
+        return TextStream(self._rust)
+
+    def _named(self, key: str) -> str | None:
+        value = self._config.get(key)
+        return value.get("content") if isinstance(value, dict) else value
+
+    def _chat_template(self, folder: Path) -> str | None:
+        file = folder / "chat_template.jinja"
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+        template = self._config.get("chat_template")
+        if isinstance(template, list):  # several by name
+            named = {item.get("name"): item.get("template") for item in template}
+            template = named.get("default")
+        return template
+
+
+class TextStream:
+    """Text of a growing sequence of tokens. A character that spans tokens comes when its last byte is there."""
+
+    def __init__(self, rust: RustTokenizer) -> None:
+        self._rust, self._decoder = rust, DecodeStream(skip_special_tokens=True)
+        self._ids: list[int] = []
+        self._length = 0
+
+    def push(self, token: int) -> str:
+        self._ids.append(token)
+        piece = self._decoder.step(self._rust, token) or ""
+        self._length += len(piece)
+        return piece
+
+    def flush(self) -> str:
+        """What was held back at the end: an unfinished character, shown as the replacement character."""
+        rest = str(self._rust.decode(self._ids, skip_special_tokens=True))[self._length :]
+        self._length += len(rest)
+        return rest
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+    return data if isinstance(data, dict) else {}

@@ -1,0 +1,126 @@
+"""The library's front: load a model, generate."""
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from expertmesh.config import EngineConfig
+from expertmesh.engine.engine import Engine
+from expertmesh.errors import InputError
+from expertmesh.mesh.topology import Topology
+from expertmesh.request import Output, SamplingParams
+
+# A text, token ids, or chat messages.
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
+
+
+def demo_model() -> Path:
+    """Folder of the model that ships with the package."""
+    return Path(str(files("expertmesh") / "demo"))
+
+
+class LLM:
+    """A loaded model. For one thread; calls may be nested.
+
+    model: a folder in the Hugging Face layout; None for the demo model. dtype: "auto" computes in the checkpoint's
+    type (bfloat16 for FP8 checkpoints). Further options are the fields of EngineConfig. Raises InputError with one
+    clear message where the folder or an option cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        dtype: str = "auto",
+        topology: Topology | None = None,
+        progress: bool = False,
+        **options: Any,
+    ) -> None:
+        unknown = options.keys() - EngineConfig.__dataclass_fields__.keys()
+        if unknown:
+            known = ", ".join(EngineConfig.__dataclass_fields__)
+            raise InputError(f"unknown option {', '.join(sorted(unknown))}; there are {known}")
+        self.folder = Path(model) if model is not None else demo_model()
+        self.engine = Engine(self.folder, EngineConfig(dtype=dtype, **options), topology, progress)
+        self._calls = itertools.count()
+        # What a step brought for each call that is under way: calls may be nested, and share the engine's steps.
+        self._inboxes: dict[str, deque[Output]] = {}
+
+    @property
+    def name(self) -> str:
+        """What the model is called where nobody says otherwise: its folder."""
+        return "expertmesh-demo" if self.folder == demo_model() else self.folder.resolve().name
+
+    def default_params(self, **changes: Any) -> SamplingParams:
+        """What the checkpoint recommends in generation_config.json, with these changes."""
+        return self.engine.default_params(**changes)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Output]:
+        """One output for each prompt, in their order. params: one for all, or one each."""
+        done = {o.request_id: o for o in self.stream(prompts, params) if o.finished}
+        return [done[key] for key in sorted(done, key=lambda k: int(k.rpartition("-")[2]))]
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[Output]:
+        """Outputs as they grow: `delta` is the new text, request_id ends in the prompt's number. All prompts are
+        checked before the first runs."""
+        many = _as_list(prompts)
+        if params is None:
+            params = self.default_params()
+        each = [params] * len(many) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(many):
+            raise InputError(f"{len(many)} prompts, but {len(each)} sampling parameters")
+        tokens = [self.tokens(prompt) for prompt in many]
+        for ids, one in zip(tokens, each, strict=True):
+            self.engine.check(ids, one)
+        call = f"call{next(self._calls)}"
+        inbox = self._inboxes[call] = deque()
+        waiting = {f"{call}-{i}" for i in range(len(many))}
+        try:
+            for i, (prompt, ids, one) in enumerate(zip(many, tokens, each, strict=True)):
+                self.engine.submit(ids, one, f"{call}-{i}", prompt if isinstance(prompt, str) else None)
+            while waiting:
+                if not inbox:
+                    self._step()
+                    continue
+                output = inbox.popleft()
+                if output.finished:
+                    waiting.discard(output.request_id)
+                yield output
+        finally:  # an abandoned iterator leaves nothing running
+            del self._inboxes[call]
+            for request_id in waiting:
+                self.engine.abort(request_id)
+
+    def _step(self) -> None:
+        for output in self.engine.step():
+            self._inboxes[output.request_id.partition("-")[0]].append(output)
+
+    def tokens(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, special tokens and chat template applied."""
+        if isinstance(prompt, str):
+            if self.engine.tokenizer is None:
+                raise InputError(f"{self.folder}: has no tokenizer.json, so prompts must be token ids")
+            return self.engine.tokenizer.encode(prompt)
+        if prompt and isinstance(prompt[0], Mapping):
+            if self.engine.tokenizer is None:
+                raise InputError(f"{self.folder}: has no tokenizer.json, so prompts must be token ids")
+            return self.engine.tokenizer.chat(prompt)  # type: ignore[arg-type]
+        return list(prompt)  # type: ignore[arg-type]
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several: a text, a list of numbers and a list of messages are one."""
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int | Mapping)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
