@@ -1,0 +1,95 @@
+"""A random checkpoint behind a real server on a free port."""
+
+import shutil
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+import transformers
+import uvicorn
+
+from expertmesh import LLM
+from expertmesh.llm import demo_model
+from expertmesh.server.app import create_app
+
+NAME = "tiny"
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with the tokenizer and the chat template of the demo model."""
+    path = tmp_path_factory.mktemp("served")
+    config = transformers.DeepseekV3Config(
+        vocab_size=8192, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, n_shared_experts=1, n_routed_experts=8, kv_lora_rank=16,
+        q_lora_rank=24, qk_rope_head_dim=8, v_head_dim=12, qk_nope_head_dim=16, n_group=2, topk_group=1,
+        num_experts_per_tok=2, first_k_dense_replace=1, max_position_embeddings=512, initializer_range=0.2,
+        bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.DeepseekV3ForCausalLM(config).save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(demo_model() / name, path)
+    return path
+
+
+@pytest.fixture
+def new_llm(folder: Path) -> Callable[..., LLM]:
+    """An engine of one's own, to do to it what others must not see."""
+    return partial(LLM, folder, max_batch_requests=8, page_size=4)
+
+
+@pytest.fixture(scope="session")
+def llm(folder: Path) -> LLM:
+    """The engine behind `url`."""
+    return LLM(folder, max_batch_requests=8, page_size=4)
+
+
+@pytest.fixture(scope="session")
+def url(llm: LLM) -> Iterator[str]:
+    """Address of a server that all tests share."""
+    with serving(llm) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with connect(url) as found:
+        yield found
+
+
+@contextmanager
+def serving(llm: LLM, grace: float = 10) -> Iterator[str]:
+    """A server in a thread. Leaving ends it and waits for the end."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(
+        create_app(llm, NAME),
+        lifespan="on",
+        ws="none",
+        log_config=None,
+        timeout_graceful_shutdown=int(grace),
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def connect(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+def pages_held(llm: LLM) -> int:
+    cache = llm.engine.scheduler.cache
+    return cache.pages - cache.free
