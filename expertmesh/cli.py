@@ -1,0 +1,50 @@
+"""The command line: parse, run a command, turn an InputError into one line and exit code 2."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "generate": "generate texts after prompts",
+    "chat": "talk with a model in the terminal",
+    "serve": "serve the OpenAI API",
+    "demo": "let the demo model write in each of its domains",
+    "bench": "measure: `expertmesh bench engine`",
+    "doctor": "show devices, kernels, compiler and network",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns its exit code: 0, 2 for bad input, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="expertmesh", description="Inference for DeepSeek-V3-class mixture-of-experts models."
+    )
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, text in COMMANDS.items():
+        command = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if arguments[:1] == [name]:  # importing a command imports torch: only the one that runs
+            module = importlib.import_module(f"expertmesh.commands.{name}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    args = parser.parse_args(arguments)
+    from expertmesh.errors import InputError
+
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except InputError as error:
+        print(f"expertmesh: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main())

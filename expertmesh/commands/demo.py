@@ -1,0 +1,94 @@
+"""`expertmesh demo`: the demo model writes in each of its domains, and what ran is told."""
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from expertmesh.commands.options import add_model, load_llm
+from expertmesh.llm import LLM
+
+PROMPTS = {
+    "a tale": "Once upon a time there was a poor woodcutter who",
+    "Tang poetry": "春望\n杜甫\n",
+    "Song poetry": "浣溪沙\n晏殊\n",
+    "Python": "class Stack:\n    def __init__(self):\n",
+}
+CHAT = "Please tell me a short fairy tale."
+BARS = " ▁▂▃▄▅▆▇█"
+
+
+@dataclass
+class Part:
+    """What one domain's text took: tokens, seconds, and rows per expert, [layers, E]."""
+
+    tokens: int
+    seconds: float
+    load_LE: torch.Tensor
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument(
+        "--max-tokens", type=int, default=96, metavar="INT", help="of each text (default: 96)"
+    )
+    parser.add_argument("--seed", type=int, default=7, metavar="INT")
+
+
+def run(args: argparse.Namespace) -> int:
+    start = time.perf_counter()
+    llm = load_llm(args)
+    loaded = time.perf_counter() - start
+    parts = {name: _write(llm, name, prompt, args) for name, prompt in PROMPTS.items()}
+    if llm.engine.tokenizer is not None and llm.engine.tokenizer.has_chat_template:
+        parts["chat"] = _write(llm, "chat", CHAT, args)
+    _report(llm, loaded, parts)
+    return 0
+
+
+def _write(llm: LLM, name: str, prompt: str, args: argparse.Namespace) -> Part:
+    print(f"--- {name}\n{prompt}", end="\n" if name == "chat" else "", flush=True)
+    message = [{"role": "user", "content": prompt}] if name == "chat" else prompt
+    params = llm.default_params(max_tokens=args.max_tokens, seed=args.seed)
+    llm.engine.runner.loads.counts.clear()
+    start, tokens = time.perf_counter(), 0
+    for output in llm.stream([message], params):
+        print(output.delta, end="", flush=True)
+        tokens = len(output.token_ids)
+    print("\n")
+    counts = llm.engine.runner.loads.counts
+    return Part(tokens, time.perf_counter() - start, torch.stack([counts[layer] for layer in sorted(counts)]))
+
+
+def _report(llm: LLM, loaded: float, parts: dict[str, Part]) -> None:
+    engine, config = llm.engine, llm.engine.model
+    memory = engine.runner.memory
+    tokens, seconds = sum(p.tokens for p in parts.values()), sum(p.seconds for p in parts.values())
+    rss = psutil.Process().memory_info().rss
+    out = sys.stdout
+    print("--- what ran", file=out)
+    print(
+        f"model    {llm.name}: {config.num_hidden_layers} layers, {config.n_routed_experts} routed experts,",
+        end=" ",
+    )
+    print(f"{config.num_experts_per_tok} a token in {config.topk_group} of {config.n_group} groups")
+    print(f"layout   1 node x 1 card, {engine.config.dtype}, {torch.get_num_threads()} threads")
+    print(
+        f"speed    loaded in {loaded:.2f} s; {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} tokens/s"
+    )
+    print(
+        f"memory   weights {memory.weights / 1e6:.1f} MB, cache {memory.cache / 1e6:.1f} MB "
+        f"({engine.config.cache_tokens} tokens), process {rss / 1e6:.0f} MB"
+    )
+    print("experts  rows per expert, summed over layers; max/mean of a layer, averaged over layers")
+    for name, part in parts.items():
+        skew = (part.load_LE.amax(1) / part.load_LE.float().mean(1)).mean()
+        print(f"  {name:12} {_sparkline(part.load_LE.sum(0))} {skew:.2f}")
+
+
+def _sparkline(values: torch.Tensor) -> str:
+    top = max(int(values.max()), 1)
+    return "".join(BARS[-(-int(v) * (len(BARS) - 1) // top)] for v in values)

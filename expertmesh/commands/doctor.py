@@ -1,0 +1,116 @@
+"""`expertmesh doctor`: what this machine offers and what will run on it."""
+
+import argparse
+import json
+import platform
+import shutil
+import socket
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import psutil
+import torch
+
+from expertmesh.engine.checkpoint import free_memory
+from expertmesh.kernels import kernels_for
+from expertmesh.llm import demo_model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON, and nothing else")
+
+
+def run(args: argparse.Namespace) -> int:
+    report = examine()
+    if args.json:
+        print(json.dumps(report, ensure_ascii=False))
+        return 0
+    for section, content in report.items():
+        print(section)
+        for key, value in content.items():
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+            print(f"  {key:16} {shown}")
+    return 0
+
+
+def examine() -> dict[str, dict[str, Any]]:
+    """Everything that doctor reports, by section."""
+    return {
+        "machine": _machine(),
+        "devices": _devices(),
+        "kernels": _kernels(),
+        "compiler": _compiler(),
+        "network": _network(),
+        "software": _software(),
+    }
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
+        "memory": f"{psutil.virtual_memory().total / 1e9:.1f} GB, {free_memory() / 1e9:.1f} GB free to this process",
+    }
+
+
+def _devices() -> dict[str, Any]:
+    capability = torch.backends.cpu.get_cpu_capability()
+    found: dict[str, Any] = {"cpu": f"{capability}, {torch.get_num_threads()} threads; used"}
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        found["cuda"] = f"{', '.join(names)}; not used by this version"
+    else:
+        found["cuda"] = "none"
+    npu = getattr(torch, "npu", None)
+    found["npu"] = "present; not used by this version" if npu is not None and npu.is_available() else "none"
+    return found
+
+
+def _kernels() -> dict[str, Any]:
+    kernels = kernels_for("cpu")
+    table: dict[str, Any] = dict(kernels.origin)
+    table["on reference"] = kernels.on_reference or "none"
+    return table
+
+
+def _compiler() -> dict[str, Any]:
+    found = {}
+    for name in ("c++", "g++", "clang++"):
+        path = shutil.which(name)
+        if path:
+            done = subprocess.run(
+                [path, "--version"], capture_output=True, text=True, timeout=10, check=False
+            )
+            found[name] = (done.stdout.splitlines() or ["?"])[0]
+    return found or {"c++": "none; nothing here needs one yet"}
+
+
+def _network() -> dict[str, Any]:
+    host = socket.gethostname()
+    try:
+        address = socket.gethostbyname(host)
+    except OSError as error:
+        address = f"does not resolve ({error})"
+    found: dict[str, Any] = {"host name": f"{host}: {address}"}
+    states = psutil.net_if_stats()
+    for name, addresses in psutil.net_if_addrs().items():
+        inet = [a.address for a in addresses if a.family == socket.AF_INET]
+        state = states.get(name)
+        speed = f", {state.speed} Mbit/s" if state and state.speed else ""
+        found[name] = (
+            f"{', '.join(inet) or 'no IPv4 address'}, {'up' if state and state.isup else 'down'}{speed}"
+        )
+    return found
+
+
+def _software() -> dict[str, Any]:
+    found: dict[str, Any] = {"python": platform.python_version()}
+    for package in ("expertmesh", "torch", "tokenizers", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    weights = sum(f.stat().st_size for f in demo_model().glob("*.safetensors"))
+    found["demo model"] = f"{weights / 1e6:.1f} MB" if weights else "its weights are missing"
+    return found

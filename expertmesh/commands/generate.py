@@ -1,0 +1,98 @@
+"""`expertmesh generate`: texts after prompts."""
+
+import argparse
+import json
+import sys
+import time
+from typing import Any
+
+from expertmesh.commands.options import add_model, add_sampling, given_sampling, load_llm
+from expertmesh.errors import InputError
+from expertmesh.llm import LLM, Prompt
+from expertmesh.request import Output, SamplingParams
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument(
+        "-p", "--prompt", action="append", metavar="TEXT", help="repeatable; - reads standard input"
+    )
+    parser.add_argument(
+        "--token-ids",
+        action="append",
+        metavar="1,2,3",
+        help="a prompt as token ids; repeatable, no tokenizer needed",
+    )
+    parser.add_argument("--chat", action="store_true", help="send each prompt as a user's message")
+    parser.add_argument(
+        "--json", action="store_true", help="print a list of outputs as JSON, and nothing else"
+    )
+    add_sampling(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    prompts, sampling = _prompts(args), given_sampling(args)
+    llm = load_llm(args)
+    params = llm.default_params(**sampling)
+    start = time.perf_counter()
+    if args.json:
+        outputs = llm.generate(prompts, params)
+        shown = [
+            _as_json(given, output) for given, output in zip(_shown(args, prompts), outputs, strict=True)
+        ]
+        print(json.dumps(shown, ensure_ascii=False))
+    else:
+        outputs = _print_as_it_comes(llm, prompts, params)
+    seconds = time.perf_counter() - start
+    tokens = sum(len(o.token_ids) for o in outputs)
+    print(f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:.0f} tokens/s)", file=sys.stderr)
+    return 0
+
+
+def _prompts(args: argparse.Namespace) -> list[Prompt]:
+    prompts: list[Prompt] = []
+    for text in args.prompt or ():
+        given = sys.stdin.read() if text == "-" else text
+        prompts.append([{"role": "user", "content": given}] if args.chat else given)
+    for ids in args.token_ids or ():
+        try:
+            prompts.append([int(i) for i in ids.split(",")])
+        except ValueError:
+            raise InputError(f"--token-ids {ids!r}: not a list of numbers like 1,2,3") from None
+    if not prompts:
+        raise InputError("no prompt: give -p TEXT (repeatable, - for standard input) or --token-ids 1,2,3")
+    return prompts
+
+
+def _shown(args: argparse.Namespace, prompts: list[Prompt]) -> list[Any]:
+    return [p[0]["content"] if args.chat and isinstance(p[0], dict) else p for p in prompts]
+
+
+def _as_json(prompt: Any, output: Output) -> dict[str, Any]:
+    item = {
+        "prompt": prompt,
+        "text": output.text,
+        "token_ids": output.token_ids,
+        "finish_reason": output.finish_reason,
+    }
+    if output.logprobs is not None:
+        item["logprobs"] = output.logprobs
+    return item
+
+
+def _print_as_it_comes(llm: LLM, prompts: list[Prompt], params: SamplingParams) -> list[Output]:
+    """One prompt streams; several are printed whole, in their order, as each is complete."""
+    if len(prompts) > 1:
+        outputs = llm.generate(prompts, params)
+        for number, output in enumerate(outputs):
+            print(f"[{number}] {output.text if output.text else output.token_ids}")
+        return outputs
+    last: list[Output] = []
+    for output in llm.stream(prompts, params):
+        last = [output]
+        if llm.engine.tokenizer is None:
+            print(output.token_ids[-1] if output.token_ids else "", end=" ", flush=True)
+        else:
+            print(output.delta, end="", flush=True)
+    print()
+    return last

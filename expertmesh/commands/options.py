@@ -1,0 +1,74 @@
+"""Options that several commands share, in the names of the library."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from expertmesh.llm import LLM
+from expertmesh.request import SamplingParams
+
+ENGINE_OPTIONS = (
+    ("max_context", int, "longest request in tokens, prompt and output together"),
+    ("max_batch_tokens", int, "token rows of one step"),
+    ("max_batch_requests", int, "requests that run at the same time"),
+    ("chunk", int, "most prompt tokens of one request in one step"),
+    ("page_size", int, "tokens in a page of the latent cache"),
+    ("cache_tokens", int, "tokens that the latent cache holds"),
+)
+SAMPLING_OPTIONS = (
+    ("max_tokens", int, "most tokens to generate"),
+    ("temperature", float, "0 takes the most likely token"),
+    ("top_p", float, "smallest set of tokens with this probability"),
+    ("top_k", int, "this many most likely tokens; 0 for all"),
+    ("min_p", float, "drop tokens less likely than this times the most likely"),
+    ("seed", int, "makes the output repeatable"),
+    ("logprobs", int, "report this many most likely tokens at each position (with --json)"),
+    ("presence_penalty", float, "against tokens that are in the output"),
+    ("frequency_penalty", float, "against tokens, by their count in the output"),
+    ("repetition_penalty", float, "against tokens of prompt and output; 1 for none"),
+)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        nargs="?",
+        help="folder in the Hugging Face layout; without it, the demo model that ships with this",
+    )
+    parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32 or bfloat16")
+    group = parser.add_argument_group("engine (worked out where not given)")
+    _add(group.add_argument, ENGINE_OPTIONS)
+    group.add_argument("--no-prefix-cache", action="store_true", help="compute equal beginnings anew")
+    group.add_argument("--strict", action="store_true", help="refuse to run an op on its reference")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling (defaults: the checkpoint's generation_config.json)")
+    _add(group.add_argument, SAMPLING_OPTIONS)
+    group.add_argument("--stop", action="append", metavar="TEXT", help="ends the output; repeatable")
+    group.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-text token")
+
+
+def _add(add: Callable[..., Any], options: Sequence[tuple[str, type, str]]) -> None:
+    for name, kind, text in options:
+        add("--" + name.replace("_", "-"), type=kind, metavar=kind.__name__.upper(), help=text)
+
+
+def load_llm(args: argparse.Namespace, progress: bool = True) -> LLM:
+    given = {name: getattr(args, name) for name, _, _ in ENGINE_OPTIONS if getattr(args, name) is not None}
+    return LLM(
+        args.model,
+        dtype=args.dtype,
+        progress=progress,
+        prefix_cache=not args.no_prefix_cache,
+        strict=args.strict,
+        **given,
+    )
+
+
+def given_sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling options that were given. InputError where one is wrong, before a model is loaded."""
+    given = {name: getattr(args, name) for name, _, _ in SAMPLING_OPTIONS if getattr(args, name) is not None}
+    given |= {"stop": tuple(args.stop or ()), "ignore_eos": args.ignore_eos}
+    SamplingParams(**given)
+    return given

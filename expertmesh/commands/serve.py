@@ -1,0 +1,23 @@
+"""`expertmesh serve`: the OpenAI API over HTTP."""
+
+import argparse
+
+from expertmesh.commands.options import add_model, load_llm
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="default: 8000; 0 takes a free one")
+    parser.add_argument("--name", help="the model's name in the API (default: its folder's)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from expertmesh.server.run import check_port, serve
+
+    check_port(args.host, args.port)
+    llm = load_llm(args)
+    serve(llm, args.name or llm.name, args.host, args.port)
+    return 0
