@@ -1,0 +1,1 @@
+"""Training of the demo model: texts, tokenizer, model, optimiser, export and model card."""
