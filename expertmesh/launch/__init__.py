@@ -1,0 +1,1 @@
+"""Rank processes on one machine: how they are started, and how one talks with them."""
