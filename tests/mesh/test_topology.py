@@ -13,7 +13,7 @@ def test_ranks_are_numbered_node_by_node() -> None:
 
 
 def test_one_rank_is_the_default() -> None:
-    assert Topology() == Topology(1, 1, 1) and Topology().ranks == 1
+    assert Topology() == Topology(1, 1, None) and Topology().ranks == 1
 
 
 @pytest.mark.parametrize("name", ["nodes", "cards_per_node", "attention_tp"])
