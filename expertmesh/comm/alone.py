@@ -1,0 +1,34 @@
+"""One rank: nothing to say to anybody."""
+
+from torch import Tensor
+
+from expertmesh.comm.base import Received
+
+
+class Alone:
+    """The collectives of a cluster of one rank: everything is here already, slot e holds expert e. Implements
+    `comm.base.Collectives`, `Group` and `Exchange`."""
+
+    leads = True
+
+    @property
+    def exchange(self) -> "Alone":
+        return self
+
+    def group(self, rows: int) -> "Alone":
+        return self
+
+    def all_gather(self, *rows: Tensor) -> tuple[Tensor, ...]:
+        return rows
+
+    def reduce_scatter(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def all_gather_columns(self, part: Tensor) -> Tensor:
+        return part
+
+    def dispatch(self, layer: int, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Received:
+        return Received(layer, x_TD, experts_TK, weights_TK)
+
+    def combine(self, y_RD: Tensor, received: Received) -> Tensor:
+        return y_RD

@@ -1,0 +1,78 @@
+"""Collectives of a TP group, made of the transport's one primitive.
+
+Every rank sends each other rank of the group what it needs, which is as many bytes as a ring sends, needs no equal
+shares, and sums in the order of the ranks whatever the transport: results are the same bits on all of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from expertmesh.comm.alone import Alone
+from expertmesh.comm.base import Comm, Exchange, Group
+
+
+def shares(rows: int, ranks: int) -> list[int]:
+    """Rows of a step over the ranks of a group: equal but for one."""
+    return [rows // ranks + (i < rows % ranks) for i in range(ranks)]
+
+
+class Clustered:
+    """The collectives of one rank of several. Implements `comm.base.Collectives`."""
+
+    def __init__(self, comm: Comm, exchange: Exchange) -> None:
+        self.comm, self.exchange = comm, exchange
+        self._tp_ranks = comm.topology.tp_ranks(comm.rank)
+
+    def group(self, rows: int) -> Group:
+        if len(self._tp_ranks) == 1:
+            return Alone()
+        return TPGroup(self.comm, self._tp_ranks, shares(rows, len(self._tp_ranks)))
+
+
+@dataclass(frozen=True)
+class TPGroup:
+    """The TP group of one rank in one step. counts: rows of each rank. Implements `comm.base.Group`."""
+
+    comm: Comm
+    ranks: tuple[int, ...]
+    counts: Sequence[int]
+
+    @property
+    def leads(self) -> bool:
+        return self.comm.rank == self.ranks[0]
+
+    def all_gather(self, *rows: Tensor) -> tuple[Tensor, ...]:
+        """Several tensors in one exchange: row by row, side by side."""
+        mine = torch.cat([_bytes(t) for t in rows], dim=-1) if len(rows) > 1 else _bytes(rows[0])
+        sizes = [count * mine.shape[1] for count in self.counts]
+        parts = self.comm.exchange("attention", self.ranks, [mine.flatten()] * len(self.ranks), sizes)
+        every = torch.cat(parts).view(-1, mine.shape[1])
+        widths = [t.shape[1] * t.dtype.itemsize for t in rows]
+        return tuple(
+            part.contiguous().view(t.dtype) for part, t in zip(every.split(widths, dim=1), rows, strict=True)
+        )
+
+    def reduce_scatter(self, rows: Tensor) -> Tensor:
+        me = self.ranks.index(self.comm.rank)
+        width = rows.shape[1] * rows.dtype.itemsize
+        parts = [part.flatten() for part in _bytes(rows).split(list(self.counts))]
+        sizes = [self.counts[me] * width] * len(self.ranks)
+        came = self.comm.exchange("attention", self.ranks, parts, sizes)
+        out = torch.zeros(self.counts[me], rows.shape[1], dtype=torch.float32)
+        for part in came:
+            out += part.view(rows.dtype).view(out.shape)
+        return out.to(rows.dtype)
+
+    def all_gather_columns(self, part: Tensor) -> Tensor:
+        data = _bytes(part)
+        sizes = [data.numel()] * len(self.ranks)
+        came = self.comm.exchange("attention", self.ranks, [data.flatten()] * len(self.ranks), sizes)
+        return torch.cat([c.view(part.dtype).view(part.shape) for c in came], dim=-1)
+
+
+def _bytes(rows: Tensor) -> Tensor:
+    """[T, bytes of a row]."""
+    return rows.contiguous().view(torch.uint8).view(rows.shape[0], rows.shape[1] * rows.dtype.itemsize)
