@@ -11,13 +11,14 @@ COMMANDS = {
     "chat": "talk with a model in the terminal",
     "serve": "serve the OpenAI API",
     "demo": "let the demo model write in each of its domains",
-    "bench": "measure: `expertmesh bench engine`",
+    "bench": "measure: `expertmesh bench engine`, `expertmesh bench exchange`",
+    "memory": "static memory of a rank by kind, for one layout or several",
     "doctor": "show devices, kernels, compiler and network",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns its exit code: 0, 2 for bad input, 130 when interrupted."""
+    """Run one command. Returns its exit code: 0, 2 for bad input, 1 where a rank failed, 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="expertmesh", description="Inference for DeepSeek-V3-class mixture-of-experts models."
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     args = parser.parse_args(arguments)
-    from expertmesh.errors import InputError
+    from expertmesh.errors import InputError, RankFailure
 
     try:
         code: int = args.run(args)
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"expertmesh: {error}", file=sys.stderr)
         return 2
+    except RankFailure as error:
+        print(f"expertmesh: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output has gone

@@ -325,6 +325,9 @@ class EngineConfig:
     cache_tokens: tokens that the latent cache holds in all.
     prefix_cache: whether requests share the pages of equal beginnings.
     strict: refuse to start where an op would run on its reference.
+    Of several ranks: ranks: "threads" of this process, which share weights and start at once, or "processes" of this
+    machine. exchange: the algorithm that takes rows to their experts (`mesh.traffic`). redundant: slots of a layer
+    beyond one per expert, for replicas. timeout: seconds after which a rank that does not answer has failed.
     """
 
     dtype: str = "auto"
@@ -336,10 +339,20 @@ class EngineConfig:
     cache_tokens: int | None = None
     prefix_cache: bool = True
     strict: bool = False
+    ranks: str = "threads"
+    exchange: str = "two_tier"
+    redundant: int = 0
+    timeout: float = 30.0
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise InputError(f"dtype {self.dtype!r} is not one of auto, float32, bfloat16")
+        if self.ranks not in ("threads", "processes"):
+            raise InputError(f"ranks {self.ranks!r} is not one of threads, processes")
+        if not _fits(float, self.timeout) or self.timeout <= 0:
+            raise InputError(f"timeout is {self.timeout!r}, but must be a number of seconds above 0")
+        if not _fits(int, self.redundant):
+            raise InputError(f"redundant is {self.redundant!r}, but must be a whole number of at least 0")
         for name in (
             "max_context",
             "max_batch_tokens",
@@ -357,8 +370,9 @@ class EngineConfig:
                 f"{self.max_batch_requests}: every running request needs one token row a step"
             )
 
-    def resolve(self, model: ModelConfig, free_bytes: int) -> "EngineConfig":
-        """Fill in what is open. free_bytes: memory left for the cache once the weights are in place."""
+    def resolve(self, model: ModelConfig, free_bytes: int, ranks: int = 1) -> "EngineConfig":
+        """Fill in what is open. free_bytes: memory left for the caches of `ranks` ranks once the weights are in
+        place."""
         dtype = self.dtype
         if dtype == "auto":
             dtype = "float32" if model.dtype == "float32" else "bfloat16"
@@ -371,9 +385,10 @@ class EngineConfig:
         cache_tokens = self.cache_tokens
         if cache_tokens is None:
             # Enough for every running request at full length, but no more than half of what is free, nor more
-            # than 1 GiB: pages are touched on first use, and a laptop has other work.
-            wanted = min(max_context * self.max_batch_requests, (1 << 30) // per_token)
-            cache_tokens = max(self.page_size, min(wanted, free_bytes // 2 // per_token))
+            # than 1 GiB in all (or 64 MiB a rank): pages are touched on first use, and a laptop has other work.
+            most = max((1 << 30) // ranks, 1 << 26)
+            wanted = min(max_context * self.max_batch_requests, most // per_token)
+            cache_tokens = max(self.page_size, min(wanted, free_bytes // ranks // 2 // per_token))
         pages = -(-cache_tokens // self.page_size)
         return replace(
             self,
@@ -385,4 +400,5 @@ class EngineConfig:
 
 
 def cache_bytes_per_token(model: ModelConfig, dtype: str) -> int:
+    """Bytes of the latent cache of one rank for one token."""
     return model.num_hidden_layers * model.latent_dim * (4 if dtype == "float32" else 2)

@@ -7,3 +7,8 @@ class InputError(ValueError):
     The message is one sentence or a short list: what was wrong, and what to do. The command line prints it and
     exits with 2; the server answers 400.
     """
+
+
+class RankFailure(RuntimeError):
+    """A rank of the cluster has failed or died; the message names it, its host, the step and the cause. The engine
+    has ended: nothing more can be computed with it."""

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from expertmesh.config import EngineConfig
 from expertmesh.engine.engine import Engine
 from expertmesh.errors import InputError
+from expertmesh.launch.forkserver import ForkServer
 from expertmesh.mesh.topology import Topology
 from expertmesh.request import Output, SamplingParams
 
@@ -26,8 +27,9 @@ class LLM:
     """A loaded model. For one thread; calls may be nested.
 
     model: a folder in the Hugging Face layout; None for the demo model. dtype: "auto" computes in the checkpoint's
-    type (bfloat16 for FP8 checkpoints). Further options are the fields of EngineConfig. Raises InputError with one
-    clear message where the folder or an option cannot be used.
+    type (bfloat16 for FP8 checkpoints). topology: the cluster, one rank where it is not given. fork_server: starts
+    ranks that are processes; a new one does where none is given. Further options are the fields of EngineConfig.
+    Raises InputError with one clear message where the folder or an option cannot be used.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class LLM:
         dtype: str = "auto",
         topology: Topology | None = None,
         progress: bool = False,
+        fork_server: ForkServer | None = None,
         **options: Any,
     ) -> None:
         unknown = options.keys() - EngineConfig.__dataclass_fields__.keys()
@@ -44,10 +47,22 @@ class LLM:
             known = ", ".join(EngineConfig.__dataclass_fields__)
             raise InputError(f"unknown option {', '.join(sorted(unknown))}; there are {known}")
         self.folder = Path(model) if model is not None else demo_model()
-        self.engine = Engine(self.folder, EngineConfig(dtype=dtype, **options), topology, progress)
+        self.engine = Engine(
+            self.folder, EngineConfig(dtype=dtype, **options), topology, progress, fork_server
+        )
         self._calls = itertools.count()
         # What a step brought for each call that is under way: calls may be nested, and share the engine's steps.
         self._inboxes: dict[str, deque[Output]] = {}
+
+    def close(self) -> None:
+        """End all ranks. `with LLM(...) as llm` does it at the end of the block."""
+        self.engine.close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def name(self) -> str:

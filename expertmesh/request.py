@@ -134,6 +134,15 @@ class Sampled:
 
 
 @dataclass(frozen=True)
+class StepResult:
+    """What one step brought for the requests of a TP group, by request id: the tokens chosen, and what the model
+    thought of those tokens of prompts that follow this step's rows (None for a prompt's first)."""
+
+    sampled: dict[str, Sampled] = field(default_factory=dict)
+    prompt_logprobs: dict[str, list[dict[int, float] | None]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Output:
     """What has come of a request: all of it so far, and what this step added.
 

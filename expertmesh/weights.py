@@ -10,6 +10,8 @@ from typing import Literal
 
 from expertmesh.config import ModelConfig
 from expertmesh.errors import InputError
+from expertmesh.mesh.placement import Placement
+from expertmesh.mesh.topology import Topology
 
 Kind = Literal["embedding", "attention", "dense", "router", "shared", "routed", "norm", "mtp"]
 DTYPE_BYTES = {"float8_e4m3fn": 1, "bfloat16": 2, "float16": 2, "float32": 4}
@@ -166,12 +168,37 @@ class Shard:
         every = tuple(range(config.n_routed_experts))
         return Shard(dict.fromkeys(config.moe_layers, every))
 
+    @staticmethod
+    def of(rank: int, topology: Topology, placement: Placement) -> "Shard":
+        """What this rank of a cluster holds."""
+        return Shard(placement.of_rank(rank), topology.tp_rank(rank), topology.tp)
+
     def part(self, size: int, what: str) -> range:
         """My range of an axis of this size."""
         if size % self.tp_size:
             raise InputError(f"{what} {size} does not divide by the TP group's size {self.tp_size}")
         share = size // self.tp_size
         return range(self.tp_rank * share, (self.tp_rank + 1) * share)
+
+
+def static_bytes(config: ModelConfig, dtype: str, shard: Shard) -> Counter[str]:
+    """Bytes of the weights that one rank holds, by kind, computed in `dtype`: the formula of the engine's own memory.
+
+    Routers are kept in float32, FP8 blocks are expanded, MTP layers are not loaded. A slot without an expert takes as
+    much as one with.
+    """
+    counts: Counter[str] = Counter()
+    for weight in describe(config):
+        layer = weight.layer
+        if weight.name.endswith("_scale_inv") or (layer is not None and layer >= config.num_hidden_layers):
+            continue
+        size = weight.numel * (4 if weight.kind == "router" else DTYPE_BYTES[dtype])
+        if weight.split is not None:
+            size //= shard.tp_size
+        if weight.kind == "routed":  # all experts are of one size
+            size = size * len(shard.slots[layer or 0]) if weight.expert == 0 else 0
+        counts[weight.kind] += size
+    return counts
 
 
 def count_parameters(weights: list[Weight]) -> Counter[str]:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
 import torch
 
 PREFILL = 512
@@ -32,14 +33,30 @@ class Measured(Protocol):
         """Seconds for `count` further tokens of every prompt, after the first one."""
         ...
 
+    def peak_rss(self) -> int:
+        """Bytes of memory in use at most."""
+        ...
+
+    def close(self) -> None: ...
+
 
 class ExpertMesh:
     """This engine, driven step by step."""
 
-    def __init__(self, folder: Path, dtype: str) -> None:
+    def __init__(self, folder: Path, dtype: str, options: dict[str, Any]) -> None:
         from expertmesh.llm import LLM
+        from expertmesh.mesh.topology import Topology
 
-        self.engine = LLM(folder, dtype=dtype, prefix_cache=False).engine
+        topology = Topology(**options.pop("topology"))
+        self.engine = LLM(folder, dtype=dtype, topology=topology, prefix_cache=False, **options).engine
+
+    def peak_rss(self) -> int:
+        """Of all ranks; pages that processes share count once."""
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return own + sum(psutil.Process(pid).memory_full_info().pss for pid in self.engine.ranks.pids)
+
+    def close(self) -> None:
+        self.engine.close()
 
     def prefill(self, tokens: list[int]) -> None:
         self._submit([tokens], 1)
@@ -67,7 +84,7 @@ class ExpertMesh:
 class Transformers:
     """transformers' implementation with its own cache, without the overhead of its `generate`."""
 
-    def __init__(self, folder: Path, dtype: str) -> None:
+    def __init__(self, folder: Path, dtype: str, options: dict[str, Any]) -> None:
         from transformers import AutoModelForCausalLM
 
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
@@ -87,18 +104,29 @@ class Transformers:
             token = out.logits[:, -1].argmax(-1, keepdim=True)
         return time.perf_counter() - start
 
+    def peak_rss(self) -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-ENGINES: dict[str, Callable[[Path, str], Measured]] = {"expertmesh": ExpertMesh, "transformers": Transformers}
+    def close(self) -> None:
+        pass
 
 
-def measure(name: str, folder: Path, dtype: str, vocabulary: int, repeats: int) -> dict[str, Any]:
+ENGINES: dict[str, Callable[[Path, str, dict[str, Any]], Measured]] = {
+    "expertmesh": ExpertMesh,
+    "transformers": Transformers,
+}
+
+
+def measure(
+    name: str, folder: Path, dtype: str, vocabulary: int, repeats: int, options: dict[str, Any]
+) -> dict[str, Any]:
     """Load, warm up, and take the median of `repeats`. Speeds in tokens/s, times in seconds, memory in bytes."""
     if name == "transformers":
         import transformers  # noqa: F401  (its import is no part of loading)
     else:
         import expertmesh.llm  # noqa: F401
     start = time.perf_counter()
-    engine: Measured = ENGINES[name](folder, dtype)
+    engine: Measured = ENGINES[name](folder, dtype, options)
     load_seconds = time.perf_counter() - start
     generator = torch.Generator().manual_seed(1)
 
@@ -115,9 +143,11 @@ def measure(name: str, folder: Path, dtype: str, vocabulary: int, repeats: int) 
         for batch, count in DECODE_TOKENS.items():
             seconds = engine.decode([prompt(DECODE_PROMPT) for _ in range(batch)], count)
             decode[batch].append(batch * count / seconds)
+    peak_rss = engine.peak_rss()
+    engine.close()
     return {
         "load_seconds": load_seconds,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_rss,
         "prefill_tokens_per_second": statistics.median(prefill),
         "decode_tokens_per_second": {str(batch): statistics.median(v) for batch, v in decode.items()},
     }
@@ -131,9 +161,11 @@ def main() -> None:
     parser.add_argument("vocabulary", type=int)
     parser.add_argument("repeats", type=int)
     parser.add_argument("threads", type=int)
+    parser.add_argument("options", type=json.loads, help="of the cluster, for this engine")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    json.dump(measure(args.engine, args.folder, args.dtype, args.vocabulary, args.repeats), sys.stdout)
+    report = measure(args.engine, args.folder, args.dtype, args.vocabulary, args.repeats, args.options)
+    json.dump(report, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -7,17 +7,24 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from expertmesh.bench.exchange import Workload, bench_exchange
+from expertmesh.bench.perplexity import perplexities
 from expertmesh.bench.plain import write_plain_copy
+from expertmesh.commands.options import PROMPTS, add_cluster, given_cluster, given_topology
 from expertmesh.config import EngineConfig, ModelConfig
 from expertmesh.engine.checkpoint import open_checkpoint
 from expertmesh.errors import InputError
 from expertmesh.llm import demo_model
+from expertmesh.mesh.layout import Layout
+from expertmesh.mesh.topology import Topology
+from expertmesh.mesh.traffic import ALGORITHMS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,12 +39,79 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--threads", type=int, default=0, help="default: as many as torch takes")
     engine.add_argument("--alone", action="store_true", help="measure this engine only")
     engine.add_argument("--json", action="store_true", help="print JSON, and nothing else")
+    add_cluster(engine)
+    engine.set_defaults(measure=bench_engine, table=_engine_table)
+    exchange = subparsers.add_parser(
+        "exchange", help="bytes, messages and time of rows on their way to experts"
+    )
+    for field, text in WORKLOAD_OPTIONS.items():
+        default = Workload.__dataclass_fields__[field].default
+        name = "--" + field.replace("_", "-")
+        exchange.add_argument(
+            name, type=type(default), default=default, metavar="N", help=f"{text} (default: {default})"
+        )
+    exchange.add_argument(
+        "--algorithms", default="two_tier,two_tier_int8,two_tier_int8_both", metavar="A,B",
+        help="besides flat: " + ", ".join(ALGORITHMS),
+    )  # fmt: skip
+    exchange.add_argument("--ranks", default="threads", help="threads (default) or processes")
+    exchange.add_argument("--no-perplexity", action="store_true", help="do not measure what the formats cost")
+    exchange.add_argument("--json", action="store_true", help="print JSON, and nothing else")
+    exchange.set_defaults(measure=_measure_exchange, table=_exchange_table)
+
+
+WORKLOAD_OPTIONS = {
+    "nodes": "nodes of the cluster",
+    "cards": "cards of each node",
+    "tokens": "rows of each rank",
+    "hidden": "numbers in a row",
+    "experts": "routed experts",
+    "groups": "routing groups",
+    "groups_per_token": "groups that a token may choose from",
+    "experts_per_token": "experts of a token",
+    "redundant": "slots for replicas",
+    "seed": "of routing and rows",
+    "rounds": "measurements of each algorithm",
+}
 
 
 def run(args: argparse.Namespace) -> int:
-    report = bench_engine(args)
-    print(json.dumps(report) if args.json else _table(report))
+    report = args.measure(args)
+    print(json.dumps(report) if args.json else args.table(report))
     return 0
+
+
+def _measure_exchange(args: argparse.Namespace) -> dict[str, Any]:
+    if args.ranks not in ("threads", "processes"):
+        raise InputError(f"--ranks {args.ranks!r} is not one of threads, processes")
+    names = args.algorithms.split(",")
+    workload = Workload(**{field: getattr(args, field) for field in WORKLOAD_OPTIONS})
+    workload.check()
+    report = bench_exchange(workload, names, args.ranks == "processes")
+    if not args.no_perplexity:
+        # Two nodes of two cards: what crosses is quantised, and that is all that the layout changes.
+        report["perplexity"] = perplexities(
+            None, list(PROMPTS.values()), list(report["reduction"]), Topology(2, 2)
+        )
+    return report
+
+
+def _exchange_table(report: dict[str, Any]) -> str:
+    lines = [
+        f"{report['nodes']} nodes x {report['cards']} cards as {report['ranks']}, {report['tokens_per_rank']} rows of "
+        f"{report['hidden']} each; busiest card {report['card_imbalance']:.3f} of the mean",
+        f"{'':20}{'MB across':>10}{'predicted':>10}{'less':>8}{'messages':>10}{'seconds':>9}{'error':>9}"
+        + (f"{'perplexity':>12}" if "perplexity" in report else ""),
+    ]
+    for name, counted in report["cross_node_bytes"].items():
+        lines.append(
+            f"{name:20}{counted['total'] / 1e6:10.2f}"
+            f"{report['predicted_cross_node_bytes'][name]['total'] / 1e6:10.2f}"
+            f"{report['reduction'][name]:8.1%}{report['messages'][name]['total']:10}"
+            f"{report['seconds'][name]['total']:9.3f}{report['relative_error'][name]:9.4f}"
+            + (f"{report['perplexity'][name]:12.4f}" if "perplexity" in report else "")
+        )
+    return "\n".join(lines)
 
 
 def bench_engine(args: argparse.Namespace) -> dict[str, Any]:
@@ -50,6 +124,9 @@ def bench_engine(args: argparse.Namespace) -> dict[str, Any]:
     dtype = EngineConfig(dtype=args.dtype).resolve(model, 1 << 40).dtype
     threads = args.threads or torch.get_num_threads()
     engines = ["expertmesh"]
+    topology = given_topology(args)
+    options = given_cluster(args) | {"topology": asdict(topology)}
+    Layout.of(model, topology, options.get("exchange", "two_tier"), options.get("redundant", 0))
     if not args.alone and importlib.util.find_spec("transformers") is not None:
         engines.append("transformers")
     with tempfile.TemporaryDirectory(prefix="expertmesh-bench-") as scratch:
@@ -61,7 +138,15 @@ def bench_engine(args: argparse.Namespace) -> dict[str, Any]:
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
         turns = [name for _ in range(args.rounds) for name in engines]
         for name in tqdm(turns, desc="measuring", leave=False, disable=None):
-            fields = [name, folders[name], dtype, model.vocab_size, args.repeats, threads]
+            fields = [
+                name,
+                folders[name],
+                dtype,
+                model.vocab_size,
+                args.repeats,
+                threads,
+                json.dumps(options),
+            ]
             runs[name].append(_in_own_process(list(map(str, fields))))
     medians = {name: _median(found) for name, found in runs.items()}
     report = {"model": folder.name, "dtype": dtype, "threads": threads, "rounds": args.rounds, **medians}
@@ -101,7 +186,7 @@ def _ratios(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _table(report: dict[str, Any]) -> str:
+def _engine_table(report: dict[str, Any]) -> str:
     lines = [
         f"{report['model']}, {report['dtype']}, {report['threads']} threads, median of {report['rounds']} rounds"
     ]

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from typing import Any
 
 from expertmesh.commands.options import add_model, add_sampling, given_sampling, load_llm
 from expertmesh.errors import InputError
@@ -21,7 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     sampling = given_sampling(args)
-    llm = load_llm(args)
+    with load_llm(args) as llm:
+        return _talk(llm, args, sampling)
+
+
+def _talk(llm: LLM, args: argparse.Namespace, sampling: dict[str, Any]) -> int:
     if llm.engine.tokenizer is None or not llm.engine.tokenizer.has_chat_template:
         raise InputError(f"{llm.folder}: has no chat template; use `expertmesh generate`")
     # An answer may be as long as the context allows.

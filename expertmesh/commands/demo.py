@@ -8,15 +8,9 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from expertmesh.commands.options import add_model, load_llm
+from expertmesh.commands.options import PROMPTS, add_model, describe_layout, load_llm
 from expertmesh.llm import LLM
 
-PROMPTS = {
-    "a tale": "Once upon a time there was a poor woodcutter who",
-    "Tang poetry": "春望\n杜甫\n",
-    "Song poetry": "浣溪沙\n晏殊\n",
-    "Python": "class Stack:\n    def __init__(self):\n",
-}
 CHAT = "Please tell me a short fairy tale."
 BARS = " ▁▂▃▄▅▆▇█"
 
@@ -40,32 +34,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
-    llm = load_llm(args)
-    loaded = time.perf_counter() - start
+    with load_llm(args) as llm:
+        _show(llm, time.perf_counter() - start, args)
+    return 0
+
+
+def _show(llm: LLM, loaded: float, args: argparse.Namespace) -> None:
     parts = {name: _write(llm, name, prompt, args) for name, prompt in PROMPTS.items()}
     if llm.engine.tokenizer is not None and llm.engine.tokenizer.has_chat_template:
         parts["chat"] = _write(llm, "chat", CHAT, args)
     _report(llm, loaded, parts)
-    return 0
 
 
 def _write(llm: LLM, name: str, prompt: str, args: argparse.Namespace) -> Part:
     print(f"--- {name}\n{prompt}", end="\n" if name == "chat" else "", flush=True)
     message = [{"role": "user", "content": prompt}] if name == "chat" else prompt
     params = llm.default_params(max_tokens=args.max_tokens, seed=args.seed)
-    llm.engine.runner.loads.counts.clear()
+    llm.engine.ranks.reset()
     start, tokens = time.perf_counter(), 0
     for output in llm.stream([message], params):
         print(output.delta, end="", flush=True)
         tokens = len(output.token_ids)
     print("\n")
-    counts = llm.engine.runner.loads.counts
-    return Part(tokens, time.perf_counter() - start, torch.stack([counts[layer] for layer in sorted(counts)]))
+    seconds = time.perf_counter() - start
+    return Part(tokens, seconds, torch.stack(list(llm.engine.ranks.loads().values())))
 
 
 def _report(llm: LLM, loaded: float, parts: dict[str, Part]) -> None:
     engine, config = llm.engine, llm.engine.model
-    memory = engine.runner.memory
+    memory = engine.ranks.memory
     tokens, seconds = sum(p.tokens for p in parts.values()), sum(p.seconds for p in parts.values())
     rss = psutil.Process().memory_info().rss
     out = sys.stdout
@@ -75,7 +72,7 @@ def _report(llm: LLM, loaded: float, parts: dict[str, Part]) -> None:
         end=" ",
     )
     print(f"{config.num_experts_per_tok} a token in {config.topk_group} of {config.n_group} groups")
-    print(f"layout   1 node x 1 card, {engine.config.dtype}, {torch.get_num_threads()} threads")
+    print(f"layout   {describe_layout(llm)}")
     print(
         f"speed    loaded in {loaded:.2f} s; {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} tokens/s"
     )

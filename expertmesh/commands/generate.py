@@ -6,7 +6,13 @@ import sys
 import time
 from typing import Any
 
-from expertmesh.commands.options import add_model, add_sampling, given_sampling, load_llm
+from expertmesh.commands.options import (
+    add_model,
+    add_sampling,
+    describe_traffic,
+    given_sampling,
+    load_llm,
+)
 from expertmesh.errors import InputError
 from expertmesh.llm import LLM, Prompt
 from expertmesh.request import Output, SamplingParams
@@ -32,8 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     prompts, sampling = _prompts(args), given_sampling(args)
-    llm = load_llm(args)
-    params = llm.default_params(**sampling)
+    with load_llm(args) as llm:
+        _generate(llm, args, prompts, llm.default_params(**sampling))
+    return 0
+
+
+def _generate(llm: LLM, args: argparse.Namespace, prompts: list[Prompt], params: SamplingParams) -> None:
     start = time.perf_counter()
     if args.json:
         outputs = llm.generate(prompts, params)
@@ -46,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
     tokens = sum(len(o.token_ids) for o in outputs)
     print(f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:.0f} tokens/s)", file=sys.stderr)
-    return 0
+    if llm.engine.layout.topology.ranks > 1:
+        print(describe_traffic(llm), file=sys.stderr)
 
 
 def _prompts(args: argparse.Namespace) -> list[Prompt]:

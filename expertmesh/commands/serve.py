@@ -18,6 +18,6 @@ def run(args: argparse.Namespace) -> int:
     from expertmesh.server.run import check_port, serve
 
     check_port(args.host, args.port)
-    llm = load_llm(args)
-    serve(llm, args.name or llm.name, args.host, args.port)
+    with load_llm(args) as llm:
+        serve(llm, args.name or llm.name, args.host, args.port)
     return 0

@@ -75,6 +75,16 @@ class PageCache:
             hashes.append(before)
         return pages, hashes
 
+    def known(self, tokens: Sequence[int]) -> int:
+        """How many of these tokens `match` would find."""
+        before, found = b"", 0
+        while self.prefix_cache and found + self.page_size < len(tokens):
+            before = hash_page(before, tokens[found : found + self.page_size])
+            if before not in self._page_of:
+                break
+            found += self.page_size
+        return found
+
     def register(self, page: int, name: bytes) -> None:
         """This page is full and may be shared under this name; the first page of a name keeps it."""
         if self.prefix_cache and name not in self._page_of and page not in self._hash_of:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,29 +147,36 @@ def check_memory(folder: Path, wanted: int, free: int) -> None:
         )
 
 
-def static_bytes(weights: Destinations) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
-
-
 def load(checkpoint: Checkpoint, destinations: Destinations, shard: Shard, progress: bool = False) -> int:
-    """Fill the destinations from the checkpoint, file by file in the order of the bytes. Returns the bytes read.
+    """Fill one rank's destinations from the checkpoint. Returns the bytes read."""
+    return load_ranks(checkpoint, [(destinations, shard)], progress)
 
-    Each tensor is mapped, its range of this rank copied (FP8 blocks scaled) and unmapped, so that memory holds the
+
+def load_ranks(
+    checkpoint: Checkpoint, ranks: Sequence[tuple[Destinations, Shard]], progress: bool = False
+) -> int:
+    """Fill the destinations of several ranks of this process, file by file in the order of the bytes; what ranks
+    share is read once. Returns the bytes read.
+
+    Each tensor is mapped, its range of a rank copied (FP8 blocks scaled) and unmapped, so that memory holds the
     weights and at most one tensor of the file.
     """
-    wanted = [(checkpoint.entries[name], name) for name in destinations]
-    wanted.sort(key=lambda item: (item[0].file, item[0].offset))
-    for file in {entry.file for entry, _ in wanted}:
+    seen: dict[tuple[str, int], tuple[Entry, str, Tensor, Shard]] = {}
+    for destinations, shard in ranks:
+        for name, target in destinations.items():
+            seen.setdefault((name, target.data_ptr()), (checkpoint.entries[name], name, target, shard))
+    wanted = sorted(seen.values(), key=lambda item: (item[0].file, item[0].offset))
+    for file in {entry.file for entry, *_ in wanted}:
         if not os.access(file, os.R_OK):
             raise InputError(f"{file}: cannot be read (permissions)")
     read = 0
     # No bar where standard error is no terminal: logs are not animated.
+    total = sum(t.numel() * t.element_size() for _, _, t, _ in wanted)
     with tqdm(
-        total=static_bytes(destinations), unit="B", unit_scale=True, desc="loading", leave=False,
+        total=total, unit="B", unit_scale=True, desc="loading", leave=False,
         disable=None if progress else True,
     ) as bar:  # fmt: skip
-        for entry, name in wanted:
-            target = destinations[name]
+        for entry, name, target, shard in wanted:
             read += _load_one(checkpoint, name, entry, target, shard)
             bar.update(target.numel() * target.element_size())
     return read

@@ -10,37 +10,45 @@ from typing import Any
 from expertmesh.config import EngineConfig, ModelConfig
 from expertmesh.engine.cache import PageCache
 from expertmesh.engine.checkpoint import open_checkpoint
-from expertmesh.engine.runner import Runner
+from expertmesh.engine.groups import Groups
+from expertmesh.engine.processes import ProcessRanks
+from expertmesh.engine.ranks import Ranks, ThreadRanks
 from expertmesh.engine.sampler import fold_seed
 from expertmesh.engine.scheduler import Scheduler
 from expertmesh.engine.text import OutputText
 from expertmesh.engine.tokenizer import Tokenizer
 from expertmesh.errors import InputError
 from expertmesh.kernels import kernels_for
+from expertmesh.launch.forkserver import ForkServer
+from expertmesh.mesh.layout import Layout
 from expertmesh.mesh.topology import Topology
 from expertmesh.request import Output, Request, SamplingParams
-from expertmesh.weights import Shard
 
 
 class Engine:
     """Runs requests until they end. Not thread-safe: one thread submits, steps and aborts."""
 
     def __init__(
-        self, folder: Path, config: EngineConfig, topology: Topology | None = None, progress: bool = False
+        self,
+        folder: Path,
+        config: EngineConfig,
+        topology: Topology | None = None,
+        progress: bool = False,
+        fork_server: ForkServer | None = None,
     ) -> None:
-        self.topology = topology or Topology()
-        if self.topology.ranks > 1:
-            raise InputError(f"topology: {self.topology.ranks} ranks were asked for; this version runs one")
         self.model = ModelConfig.from_folder(folder)
+        self.layout = Layout.of(self.model, topology or Topology(), config.exchange, config.redundant)
         self.generation = _generation_config(folder)
         self.tokenizer = Tokenizer.of(folder, self.model.vocab_size)
         checkpoint = open_checkpoint(folder, self.model)
         kernels = kernels_for("cpu", config.strict)
-        self.runner = Runner(checkpoint, config, kernels, Shard.whole(self.model), progress)
-        self.config = c = self.runner.config
-        assert c.cache_tokens and c.max_context and c.chunk  # resolved
-        cache = PageCache(c.cache_tokens // c.page_size, c.page_size, c.prefix_cache)
-        self.scheduler = Scheduler(cache, c.max_batch_tokens, c.max_batch_requests, c.chunk, c.max_context)
+        self.ranks: Ranks
+        if config.ranks == "processes":
+            self.ranks = ProcessRanks(checkpoint, config, self.layout, kernels, fork_server)
+        else:
+            self.ranks = ThreadRanks(checkpoint, config, self.layout, kernels, progress)
+        self.config = self.ranks.config
+        self.scheduler = Groups([_scheduler(self.config) for _ in range(self.layout.topology.groups)])
         self.eos = frozenset(self._eos_ids())
         self._texts: dict[str, OutputText] = {}
         self._prompts: dict[str, str | None] = {}
@@ -100,11 +108,15 @@ class Engine:
 
     def step(self) -> list[Output]:
         """One step of the engine: every running request gets its rows. Returns what got a token or ended."""
-        batch = self.scheduler.schedule()
-        if not batch.slices:
+        batches = self.scheduler.schedule()
+        if not any(batch.slices for batch in batches):
             return []
-        sampled = self.runner.run(batch)
-        return [self._output(request) for request in self.scheduler.update(batch, sampled)]
+        results = self.ranks.run(batches)
+        return [self._output(request) for request in self.scheduler.update(batches, results)]
+
+    def close(self) -> None:
+        """End all ranks; nothing can be computed any more."""
+        self.ranks.close()
 
     def _output(self, request: Request) -> Output:
         text = self._texts[request.id]
@@ -149,6 +161,13 @@ class Engine:
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             ids.add(self.tokenizer.eos_token_id)
         return ids
+
+
+def _scheduler(c: EngineConfig) -> Scheduler:
+    """Scheduler and cache of one TP group."""
+    assert c.cache_tokens and c.max_context and c.chunk  # resolved
+    cache = PageCache(c.cache_tokens // c.page_size, c.page_size, c.prefix_cache)
+    return Scheduler(cache, c.max_batch_tokens, c.max_batch_requests, c.chunk, c.max_context)
 
 
 _GENERATION_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")

@@ -1,86 +1,70 @@
 """One rank: the weights, the cache's memory, and one step of the model over a batch."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from expertmesh.comm.base import Collectives, Group
 from expertmesh.config import EngineConfig
 from expertmesh.engine import sampler
-from expertmesh.engine.checkpoint import Checkpoint, check_memory, free_memory, load, static_bytes
-from expertmesh.kernels import AttentionRows, Kernels, Rotary
+from expertmesh.kernels import AttentionRows, Rotary
 from expertmesh.kernels.types import Prefill, rotary_table
 from expertmesh.model.deepseek import DeepSeek
-from expertmesh.model.step import Alone, Exchange, Group, Loads, Step
-from expertmesh.request import Batch, Sampled, Slice
-from expertmesh.weights import Shard
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Static memory of one rank, in bytes."""
-
-    weights: int
-    cache: int
+from expertmesh.model.step import Loads, Step
+from expertmesh.request import Batch, Slice, StepResult
 
 
 class Runner:
-    """Holds one rank's share of the model and computes steps. `run` is the whole of it."""
+    """Holds one rank's share of the model and computes steps. `run` is the whole of it.
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        config: EngineConfig,
-        kernels: Kernels,
-        shard: Shard,
-        progress: bool = False,
-    ) -> None:
-        model = checkpoint.config
-        self.device = torch.device("cpu")
-        # "auto" follows the checkpoint; the cache's size, which depends on the weights, is settled after them.
-        dtype = torch.float32 if config.resolve(model, 1 << 40).dtype == "float32" else torch.bfloat16
-        sizes = DeepSeek(model, shard, kernels, dtype, torch.device("meta")).weights()
-        free = free_memory()
-        weight_bytes = static_bytes(sizes)
-        check_memory(checkpoint.folder, weight_bytes, free)
-        self.config = config.resolve(model, free - weight_bytes)
-        self.model = DeepSeek(model, shard, kernels, dtype, self.device)
-        load(checkpoint, self.model.weights(), shard, progress)
-        page_size = self.config.page_size
-        pages = (self.config.cache_tokens or 0) // page_size
+    config is resolved.
+    """
+
+    def __init__(self, model: DeepSeek, config: EngineConfig, collectives: Collectives) -> None:
+        self.model, self.config, self.collectives = model, config, collectives
+        self.device = model.norm.device
+        pages = (config.cache_tokens or 0) // config.page_size
+        shape = (pages, config.page_size, model.config.latent_dim)
         self.cache = [
-            _lazy_zeros((pages, page_size, model.latent_dim), dtype, self.device)
-            for _ in range(model.num_hidden_layers)
+            _lazy_zeros(shape, model.norm.dtype, self.device) for _ in range(model.config.num_hidden_layers)
         ]
-        cache_bytes = sum(t.numel() * t.element_size() for t in self.cache)
-        self.memory = Memory(weight_bytes, cache_bytes)
-        self.cos, self.sin = rotary_table(model, self.config.max_context or 1)
-        self.group: Group = Alone()
-        self.exchange: Exchange = Alone()
+        self.cos, self.sin = rotary_table(model.config, config.max_context or 1)
         self.loads = Loads()
 
+    @property
+    def cache_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.cache)
+
     @torch.inference_mode()
-    def run(self, batch: Batch) -> dict[str, Sampled]:
-        """Compute the batch's rows and choose a token for each request whose known tokens are all computed."""
-        step = self._step(batch)
-        hidden_TD = self.model(step)
+    def run(self, batch: Batch) -> StepResult:
+        """Compute my share of the TP group's batch; choose a token for each request whose known tokens are all
+        computed. Every rank of the group gets the batch, the first one gives the results."""
+        group = self.collectives.group(batch.rows)
+        step = self._step(batch, group)
+        (hidden_TD,) = group.all_gather(self.model(step))
+        result = StepResult()
         wanted, last_rows, first = [], [], 0
         for part in batch.slices:
             if part.start < part.request.prompt_length and part.request.params.prompt_logprobs is not None:
-                self._prompt_logprobs(part, hidden_TD[first : first + part.count], step)
+                found = self._prompt_logprobs(part, hidden_TD[first : first + part.count], step)
+                result.prompt_logprobs[part.request.id] = found
             first += part.count
             if part.samples:
                 wanted.append(part.request)
                 last_rows.append(first - 1)
-        if not wanted:
-            return {}
-        rows = hidden_TD if len(last_rows) == hidden_TD.shape[0] else hidden_TD[last_rows]
-        chosen = sampler.sample(self.model.head(rows, step), wanted)
-        return {request.id: token for request, token in zip(wanted, chosen, strict=True)}
+        if wanted:
+            rows = hidden_TD if len(last_rows) == hidden_TD.shape[0] else hidden_TD[last_rows]
+            logits = self.model.head(rows, step)
+            if group.leads:
+                chosen = sampler.sample(logits, wanted)
+                result.sampled.update({r.id: token for r, token in zip(wanted, chosen, strict=True)})
+        return result
 
-    def _step(self, batch: Batch) -> Step:
+    def _step(self, batch: Batch, group: Group) -> Step:
         """Positions, cache slots and pages of every row, from plain lists to tensors once."""
         size = self.config.page_size
         tokens: list[int] = []
@@ -91,7 +75,7 @@ class Runner:
         for part in batch.slices:
             pages, end = part.request.pages, part.start + part.count
             if part.count > 1:
-                used = torch.tensor(pages[: -(-end // size)], device=self.device)
+                used = self._ints(pages[: -(-end // size)])
                 prefills.append(Prefill(len(tokens), part.count, end, used))
             tokens += part.request.tokens[part.start : end]
             positions += range(part.start, end)
@@ -100,37 +84,42 @@ class Runner:
         most = max(map(len, used_pages), default=0)
         table = [pages + [0] * (most - len(pages)) for pages in used_pages]
         rows = AttentionRows(
-            slots_T=torch.tensor(slots, device=self.device),
+            slots_T=self._ints(slots),
             decoding=len(decoding),
-            pages_BM=torch.tensor(table, dtype=torch.int64, device=self.device),
-            lengths_B=torch.tensor([s.start + 1 for s in decoding], device=self.device),
+            pages_BM=self._ints(table),
+            lengths_B=self._ints([s.start + 1 for s in decoding]),
             prefills=tuple(prefills),
         )
         return Step(
-            tokens_T=torch.tensor(tokens, device=self.device),
-            rotary=self._rotary(torch.tensor(positions, device=self.device)),
+            tokens_T=self._ints(tokens),
+            rotary=self._rotary(self._ints(positions)),
             rows=rows,
             cache=self.cache,
-            tp=self.group,
-            exchange=self.exchange,
+            tp=group,
+            exchange=self.collectives.exchange,
             loads=self.loads,
         )
+
+    def _ints(self, values: Sequence[Any]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
 
     def _rotary(self, positions_T: Tensor) -> Rotary:
         interleaved = self.model.config.rope_interleave
         return Rotary(self.cos[positions_T, None], self.sin[positions_T, None], interleaved)
 
-    def _prompt_logprobs(self, part: Slice, hidden_TD: Tensor, step: Step) -> None:
+    def _prompt_logprobs(self, part: Slice, hidden_TD: Tensor, step: Step) -> list[dict[int, float] | None]:
         """What the model thought of each prompt token that follows a row of this slice."""
         request = part.request
-        if part.start == 0:
-            request.prompt_logprobs.append(None)  # nothing comes before the first token
+        # Nothing comes before the first token.
+        found: list[dict[int, float] | None] = [None] if part.start == 0 else []
         following = request.tokens[part.start + 1 : min(part.start + part.count + 1, request.prompt_length)]
         count = request.params.prompt_logprobs or 0
         for first in range(0, len(following), PROMPT_LOGPROBS_ROWS):
             chosen = following[first : first + PROMPT_LOGPROBS_ROWS]
             logits = self.model.head(hidden_TD[first : first + len(chosen)], step)
-            request.prompt_logprobs += sampler.top_logprobs(logits, chosen, [count] * len(chosen))
+            if step.tp.leads:
+                found += sampler.top_logprobs(logits, chosen, [count] * len(chosen))
+        return found
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -34,6 +34,11 @@ class Scheduler:
     def busy(self) -> bool:
         return bool(self.waiting or self.running)
 
+    @property
+    def requests(self) -> int:
+        """How many run or wait."""
+        return len(self.waiting) + len(self.running)
+
     def add(self, request: Request) -> None:
         """Queue a request. InputError where it can never run."""
         self.check_length(len(request.tokens), request.params.max_tokens)

@@ -1,11 +1,10 @@
 """The whole model: embedding, layers, norm, head."""
 
-import torch
 from torch import Tensor
 
 from expertmesh.config import ModelConfig
 from expertmesh.kernels import Kernels
-from expertmesh.model.layers import DenseFFN, Destinations, Embedding, Head, prefixed
+from expertmesh.model.layers import DenseFFN, Destinations, Embedding, Head, New, prefixed
 from expertmesh.model.mla import MLA
 from expertmesh.model.moe import MoE
 from expertmesh.model.step import Step
@@ -15,31 +14,28 @@ from expertmesh.weights import Shard
 class DeepSeek:
     """One rank's part of a DeepSeek V2/V3 model. Weights are uninitialised until a loader has filled `weights()`."""
 
-    def __init__(
-        self, config: ModelConfig, shard: Shard, kernels: Kernels, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        def new(*shape: int, float32: bool = False) -> Tensor:
-            return torch.empty(shape, dtype=torch.float32 if float32 else dtype, device=device)
-
+    def __init__(self, config: ModelConfig, shard: Shard, kernels: Kernels, new: New) -> None:
         self.config, self.kernels = config, kernels
-        self.embedding = Embedding(config.vocab_size, config.hidden_size, shard, new)
+        self.embedding = Embedding(config.vocab_size, config.hidden_size, shard, new.inside("embedding"))
         self.layers: list[tuple[MLA, MoE | DenseFFN]] = []
         for layer in range(config.num_hidden_layers):
             ffn: MoE | DenseFFN
+            ffn_new = new.inside(f"{layer}.ffn")
             if config.is_moe(layer):
-                ffn = MoE(config, layer, shard, kernels, new)
+                ffn = MoE(config, layer, shard, kernels, ffn_new)
             else:
                 width, eps = config.intermediate_size, config.rms_norm_eps
-                ffn = DenseFFN(config.hidden_size, width, eps, shard, kernels, new)
-            self.layers.append((MLA(config, layer, shard, kernels, new), ffn))
-        self.norm = new(config.hidden_size)
-        own_head = (
-            self.embedding.weight if config.tie_word_embeddings else torch.empty_like(self.embedding.weight)
+                ffn = DenseFFN(config.hidden_size, width, eps, shard, kernels, ffn_new)
+            self.layers.append((MLA(config, layer, shard, kernels, new.inside(f"{layer}.mla")), ffn))
+        self.norm = new("norm", config.hidden_size)
+        self.head = Head(
+            self.embedding.weight
+            if config.tie_word_embeddings
+            else new("head", *self.embedding.weight.shape, part=shard.tp_rank)
         )
-        self.head = Head(own_head)
 
     def __call__(self, step: Step) -> Tensor:
-        """Hidden state of every row after the last norm, [T, D]."""
+        """Hidden state of each of this rank's rows after the last norm, [T, D]."""
         x_TD = self.embedding(step)
         for attention, ffn in self.layers:
             x_TD = x_TD + attention(x_TD, step)

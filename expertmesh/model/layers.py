@@ -1,8 +1,9 @@
 """Embedding, head and the plain feed-forward layer, each with its share of the TP group's split."""
 
-from collections.abc import Callable
+from collections.abc import Hashable
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 from torch.nn.functional import embedding, linear
 
@@ -10,10 +11,38 @@ from expertmesh.kernels import Kernels
 from expertmesh.model.step import Step
 from expertmesh.weights import Shard
 
-# Makes an uninitialised tensor of a shape; the loader fills it. float32=True for what is never rounded.
-New: TypeAlias = Callable[..., Tensor]
 # Official tensor name -> the part of this rank's memory that it is loaded into.
 Destinations: TypeAlias = dict[str, Tensor]
+
+
+class New:
+    """Makes the memory of weights, uninitialised; the loader fills it.
+
+    shared: where ranks of one process keep what they make, so that two that hold the same part of the same weight
+    hold the same memory.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        shared: dict[Hashable, Tensor] | None = None,
+        prefix: str = "",
+    ) -> None:
+        self._dtype, self._device, self._prefix = dtype, device, prefix
+        self._shared: dict[Hashable, Tensor] = {} if shared is None else shared
+
+    def inside(self, prefix: str) -> "New":
+        """For the weights of one module: their names need not differ from those of others."""
+        return New(self._dtype, self._device, self._shared, f"{self._prefix}{prefix}.")
+
+    def __call__(self, name: str, *shape: int, part: Hashable = None, float32: bool = False) -> Tensor:
+        """part: which part of the weight this rank holds, None for the whole. float32: for what is never rounded."""
+        key = (self._prefix + name, shape, part)
+        if key not in self._shared:
+            dtype = torch.float32 if float32 else self._dtype
+            self._shared[key] = torch.empty(shape, dtype=dtype, device=self._device)
+        return self._shared[key]
 
 
 def prefixed(prefix: str, weights: Destinations) -> Destinations:
@@ -26,7 +55,7 @@ class Embedding:
     def __init__(self, vocabulary: int, hidden: int, shard: Shard, new: New) -> None:
         self.part = shard.part(vocabulary, "vocab_size")
         self.vocabulary = vocabulary
-        self.weight = new(len(self.part), hidden)
+        self.weight = new("weight", len(self.part), hidden, part=shard.tp_rank)
 
     def __call__(self, step: Step) -> Tensor:
         if len(self.part) == self.vocabulary:
@@ -41,13 +70,12 @@ class Embedding:
 
 
 class Head:
-    """Logits of rows, float32 [T, vocabulary]. The vocabulary is split over the TP group like the embedding."""
+    """Logits of rows that the whole TP group has, float32 [T, vocabulary]. The vocabulary is split over the group."""
 
     def __init__(self, weight_VD: Tensor) -> None:
         self.weight = weight_VD
 
     def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
-        (x_TD,) = step.tp.all_gather(x_TD)
         return step.tp.all_gather_columns(linear(x_TD, self.weight)).float()
 
 
@@ -56,10 +84,10 @@ class DenseFFN:
 
     def __init__(self, hidden: int, width: int, eps: float, shard: Shard, kernels: Kernels, new: New) -> None:
         self.kernels, self.eps = kernels, eps
-        self.norm = new(hidden)
+        self.norm = new("norm", hidden)
         self.half = len(shard.part(width, "intermediate_size"))
-        self.gate_up = new(2 * self.half, hidden)
-        self.down = new(hidden, self.half)
+        self.gate_up = new("gate_up", 2 * self.half, hidden, part=shard.tp_rank)
+        self.down = new("down", hidden, self.half, part=shard.tp_rank)
 
     def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
         (x_TD,) = step.tp.all_gather(self.kernels.rms_norm(x_TD, self.norm, self.eps))

@@ -18,15 +18,17 @@ class MLA:
         self.config, self.layer, self.kernels = c, layer, kernels
         self.heads = len(shard.part(c.num_attention_heads, "num_attention_heads"))
         self.first_tp_rank = shard.tp_rank == 0
-        self.norm = new(c.hidden_size)
-        self.a = new((c.q_lora_rank or 0) + c.latent_dim, c.hidden_size)
-        self.q_norm = new(c.q_lora_rank) if c.q_lora_rank else None
-        self.kv_norm = new(c.kv_lora_rank)
-        self.q_b = new(self.heads * c.qk_head_dim, c.q_lora_rank or c.hidden_size)
-        self.kv_b = new(self.heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank)
-        self.o = new(c.hidden_size, self.heads * c.v_head_dim)
-        self.a_bias = new(self.a.shape[0]) if c.attention_bias else None
-        self.o_bias = new(c.hidden_size) if c.attention_bias else None
+        part = shard.tp_rank
+        self.norm = new("norm", c.hidden_size)
+        self.a = new("a", (c.q_lora_rank or 0) + c.latent_dim, c.hidden_size)
+        self.q_norm = new("q_norm", c.q_lora_rank) if c.q_lora_rank else None
+        self.kv_norm = new("kv_norm", c.kv_lora_rank)
+        self.q_b = new("q_b", self.heads * c.qk_head_dim, c.q_lora_rank or c.hidden_size, part=part)
+        kv_heads = self.heads * (c.qk_nope_head_dim + c.v_head_dim)
+        self.kv_b = new("kv_b", kv_heads, c.kv_lora_rank, part=part)
+        self.o = new("o", c.hidden_size, self.heads * c.v_head_dim, part=part)
+        self.a_bias = new("a_bias", self.a.shape[0]) if c.attention_bias else None
+        self.o_bias = new("o_bias", c.hidden_size) if c.attention_bias else None
         if self.a_bias is not None and not c.q_lora_rank:
             self.a_bias.zero_()
 

@@ -18,17 +18,17 @@ class MoE:
         c = config
         self.config, self.layer, self.kernels, self.routing = c, layer, kernels, routing_of(c)
         self.slots = shard.slots[layer]
-        self.norm = new(c.hidden_size)
+        self.norm = new("norm", c.hidden_size)
         # Scores decide who computes a row: they are never rounded to the model's type.
-        self.router = new(c.n_routed_experts, c.hidden_size, float32=True)
-        self.bias = new(c.n_routed_experts, float32=True) if c.topk_method == "noaux_tc" else None
+        self.router = new("router", c.n_routed_experts, c.hidden_size, float32=True)
+        self.bias = new("bias", c.n_routed_experts, float32=True) if c.topk_method == "noaux_tc" else None
         width = c.moe_intermediate_size
-        self.gate_up = new(len(self.slots), 2 * width, c.hidden_size)
-        self.down = new(len(self.slots), c.hidden_size, width)
+        self.gate_up = new("gate_up", len(self.slots), 2 * width, c.hidden_size, part=self.slots)
+        self.down = new("down", len(self.slots), c.hidden_size, width, part=self.slots)
         self.shared_width = width * c.n_shared_experts
         if self.shared_width:
-            self.shared_gate_up = new(2 * self.shared_width, c.hidden_size)
-            self.shared_down = new(c.hidden_size, self.shared_width)
+            self.shared_gate_up = new("shared_gate_up", 2 * self.shared_width, c.hidden_size)
+            self.shared_down = new("shared_down", c.hidden_size, self.shared_width)
 
     def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
         k = self.kernels

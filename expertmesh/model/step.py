@@ -1,73 +1,17 @@
-"""What the model is handed for one step: its rows, the cache, and the collectives. On one rank those are identities."""
+"""What the model is handed for one step: its rows, the cache, and the collectives of its rank."""
 
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from expertmesh.comm.base import Exchange, Group
 from expertmesh.kernels import AttentionRows, Rotary
-
-
-class Group(Protocol):
-    """The TP group: ranks of one node that share the heads of attention."""
-
-    def all_gather(self, *rows: Tensor) -> tuple[Tensor, ...]:
-        """Rows of the whole group, in rank order, from each rank's own."""
-        ...
-
-    def reduce_scatter(self, rows: Tensor) -> Tensor:
-        """Sum over the group of every rank's rows; each rank gets its own share of them."""
-        ...
-
-    def all_gather_columns(self, part: Tensor) -> Tensor:
-        """The last axis put together from each rank's part."""
-        ...
-
-
-@dataclass(frozen=True)
-class Received:
-    """Rows that came here for my slots, and what combine needs to send the results back.
-
-    slots_RK holds -1 for choices that other ranks serve.
-    """
-
-    layer: int
-    x_RD: Tensor
-    slots_RK: Tensor
-    weights_RK: Tensor
-
-
-class Exchange(Protocol):
-    """Sends rows to the ranks that hold their experts, and results back. combine takes what dispatch returned."""
-
-    def dispatch(self, layer: int, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Received: ...
-
-    def combine(self, y_RD: Tensor, received: Received) -> Tensor: ...
-
-
-class Alone:
-    """Group and exchange of an engine of one rank: everything is here already, slot e holds expert e."""
-
-    def all_gather(self, *rows: Tensor) -> tuple[Tensor, ...]:
-        return rows
-
-    def reduce_scatter(self, rows: Tensor) -> Tensor:
-        return rows
-
-    def all_gather_columns(self, part: Tensor) -> Tensor:
-        return part
-
-    def dispatch(self, layer: int, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Received:
-        return Received(layer, x_TD, experts_TK, weights_TK)
-
-    def combine(self, y_RD: Tensor, received: Received) -> Tensor:
-        return y_RD
 
 
 @dataclass
 class Loads:
-    """How many rows chose each expert, per layer with routed experts. Rows beyond `real` are padding, not counted."""
+    """How many of this rank's own rows chose each expert, per layer with routed experts."""
 
     counts: dict[int, Tensor] = field(default_factory=dict)
 

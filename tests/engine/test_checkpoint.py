@@ -22,10 +22,10 @@ from expertmesh.engine.checkpoint import (
     free_memory,
     load,
     open_checkpoint,
-    static_bytes,
 )
 from expertmesh.kernels import kernels_for
 from expertmesh.model.deepseek import DeepSeek
+from expertmesh.model.layers import New
 from expertmesh.weights import DTYPE_BYTES, Shard
 from tests.support.files import (
     FP8,
@@ -53,7 +53,7 @@ def opened(folder: Path) -> Checkpoint:
 
 
 def model_of(config: ModelConfig, shard: Shard, dtype: torch.dtype, device: str = "cpu") -> DeepSeek:
-    return DeepSeek(config, shard, kernels_for("cpu"), dtype, torch.device(device))
+    return DeepSeek(config, shard, kernels_for("cpu"), New(dtype, torch.device(device)))
 
 
 def loaded(folder: Path, shard: Shard | None = None, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -147,7 +147,7 @@ def test_bytes_read_are_those_of_the_share(tmp_path: Path) -> None:
         weights = model_of(checkpoint.config, shard, torch.bfloat16).weights()
         expected = sum(tensor.numel() * 4 for tensor in weights.values())  # stored as float32
         assert load(checkpoint, weights, shard) == expected
-    assert static_bytes(weights) < expected
+    assert sum(tensor.nbytes for tensor in weights.values()) < expected
 
 
 @st.composite
@@ -387,7 +387,7 @@ def test_one_rank_of_v3_reads_its_own_ranges(v3_folder: Path) -> None:
     axis arrives in the last place, and the bytes read are those of its share."""
     checkpoint = opened(v3_folder)
     assert len(checkpoint.entries) == 91_991 and checkpoint.has_mtp
-    shard = Shard({layer: (7, -1, 200) for layer in checkpoint.config.moe_layers}, tp_rank=3, tp_size=8)
+    shard = Shard(dict.fromkeys(checkpoint.config.moe_layers, (7, -1, 200)), tp_rank=3, tp_size=8)
     shapes = model_of(checkpoint.config, shard, torch.bfloat16, "meta").weights()
     assert ("model.layers.3.mlp.experts.200.up_proj.weight" in shapes) is True
     assert ("model.layers.3.mlp.experts.8.up_proj.weight" in shapes) is False

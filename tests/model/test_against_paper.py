@@ -17,7 +17,8 @@ CASES: dict[str, dict[str, Any]] = {
     "v3": {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
     "v3_no_yarn": {},
     "moonlight": {"n_group": 1, "topk_group": 1, "q_lora_rank": None, "n_shared_experts": 2, "rope_theta": 50000.0},
-    "k2": {"n_group": 1, "topk_group": 1, "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 1}},
+    "k2": {"n_group": 1, "topk_group": 1}
+    | {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 1}},
     "v2_lite": V2
     | {"topk_method": "greedy", "n_group": 1, "topk_group": 1, "norm_topk_prob": False, "q_lora_rank": None}
     | {"rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}, "routed_scaling_factor": 1.0},

@@ -92,13 +92,13 @@ def test_logits_of_a_single_request(variant: str, pair_of: PairOf, monkeypatch: 
     pair = pair_of(variant)
     llm = engine(pair)
     seen: list[Tensor] = []
-    head = llm.engine.runner.model.head
+    head = llm.engine.ranks.runners[0].model.head
 
     def recording(*args: Any) -> Tensor:
         seen.append(head(*args))
         return seen[-1]
 
-    monkeypatch.setattr(llm.engine.runner.model, "head", recording)
+    monkeypatch.setattr(llm.engine.ranks.runners[0].model, "head", recording)
     (prompt,) = prompts_for(pair.vocabulary, [12], seed=3)
     (output,) = llm.generate(prompt, SamplingParams(max_tokens=20, temperature=0, ignore_eos=True))
     expected, _ = pair.reference((prompt + output.token_ids)[:-1])

@@ -91,5 +91,5 @@ def connect(url: str) -> openai.OpenAI:
 
 
 def pages_held(llm: LLM) -> int:
-    cache = llm.engine.scheduler.cache
+    cache = llm.engine.scheduler.schedulers[0].cache
     return cache.pages - cache.free

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx
@@ -12,7 +12,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from expertmesh import LLM, InputError
-from expertmesh.request import Batch, Sampled
+from expertmesh.request import Batch, StepResult
 from expertmesh.server.app import create_app
 from tests.server.conftest import NAME, connect, pages_held, serving
 
@@ -333,13 +333,13 @@ class Gate:
     """Lets an engine's steps through one by one, so that nothing can end while a test looks away."""
 
     def __init__(self, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.steps, self._run, self._free = 0, llm.engine.runner.run, threading.Semaphore(0)
-        monkeypatch.setattr(llm.engine.runner, "run", self)
+        self.steps, self._run, self._free = 0, llm.engine.ranks.run, threading.Semaphore(0)
+        monkeypatch.setattr(llm.engine.ranks, "run", self)
 
-    def __call__(self, batch: Batch) -> dict[str, Sampled]:
+    def __call__(self, batches: Sequence[Batch]) -> list[StepResult]:
         self.steps += 1
         self._free.acquire()
-        return self._run(batch)
+        return self._run(batches)
 
     def open(self, steps: int) -> None:
         self._free.release(steps)

@@ -22,8 +22,8 @@ from expertmesh import LLM
 from expertmesh.server import run
 run.GRACE = 0.1
 llm = LLM(sys.argv[1], cache_tokens=512)
-step = llm.engine.runner.run
-llm.engine.runner.run = lambda batch: time.sleep(0.01) or step(batch)
+step = llm.engine.ranks.run
+llm.engine.ranks.run = lambda batch: time.sleep(0.01) or step(batch)
 run.serve(llm, "tiny", sys.argv[2], 0)
 print("after", llm.engine.busy)
 """

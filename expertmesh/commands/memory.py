@@ -1,0 +1,78 @@
+"""`expertmesh memory`: what a rank holds, from the description of the weights alone. Nothing is loaded."""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from expertmesh.commands.options import TOPOLOGY_OPTIONS, add_options, given_topology
+from expertmesh.config import EngineConfig, ModelConfig, cache_bytes_per_token
+from expertmesh.errors import InputError
+from expertmesh.llm import demo_model
+from expertmesh.mesh.layout import Layout
+from expertmesh.mesh.topology import Topology
+from expertmesh.weights import Shard, static_bytes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", help="folder with a config.json; default: the demo model")
+    add_options(parser.add_argument, TOPOLOGY_OPTIONS)
+    parser.add_argument(
+        "--layout", action="append", metavar="NODESxCARDS[xTP]",
+        help="instead of --nodes and --cards; repeatable, to compare: --layout 2x8 --layout 8x8",
+    )  # fmt: skip
+    parser.add_argument("--redundant", type=int, default=0, help="slots of a layer for replicas")
+    parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32 or bfloat16")
+    parser.add_argument("--json", action="store_true", help="print JSON, and nothing else")
+
+
+def run(args: argparse.Namespace) -> int:
+    folder = Path(args.model) if args.model else demo_model()
+    model = ModelConfig.from_folder(folder)
+    dtype = EngineConfig(dtype=args.dtype).resolve(model, 1 << 40).dtype
+    topologies = [_parse(text) for text in args.layout or ()] or [given_topology(args)]
+    layouts = [_examine(model, dtype, topology, args.redundant) for topology in topologies]
+    report = {
+        "model": folder.resolve().name,
+        "dtype": dtype,
+        "cache_bytes_per_token": cache_bytes_per_token(model, dtype),
+        "layouts": layouts,
+    }
+    print(json.dumps(report) if args.json else _table(report))
+    return 0
+
+
+def _parse(text: str) -> Topology:
+    if not re.fullmatch(r"\d+x\d+(x\d+)?", text):
+        raise InputError(f"--layout {text!r}: not of the form 8x8 or 8x8x2 (nodes x cards x attention TP)")
+    return Topology(*map(int, text.split("x")))
+
+
+def _examine(model: ModelConfig, dtype: str, topology: Topology, redundant: int) -> dict[str, Any]:
+    layout = Layout.of(model, topology, "two_tier", redundant)
+    # All ranks hold the same but for their experts, whose slots are as many on each.
+    kinds = static_bytes(model, dtype, Shard.of(0, layout.topology, layout.placement))
+    return {
+        "nodes": topology.nodes,
+        "cards": topology.cards_per_node,
+        "attention_tp": layout.topology.tp,
+        "slots_per_rank": layout.placement.slots_per_rank,
+        "bytes": dict(sorted(kinds.items())),
+        "total": sum(kinds.values()),
+    }
+
+
+def _table(report: dict[str, Any]) -> str:
+    layouts = report["layouts"]
+    names = [f"{x['nodes']}x{x['cards']} TP{x['attention_tp']}" for x in layouts]
+    lines = [
+        f"{report['model']}, {report['dtype']}: GB a rank; a token of cache takes "
+        f"{report['cache_bytes_per_token']:,} bytes on each",
+        f"{'':12}" + "".join(f"{name:>14}" for name in names),
+    ]
+    for kind in [*layouts[0]["bytes"], "total"]:
+        values = [x["total"] if kind == "total" else x["bytes"][kind] for x in layouts]
+        ratio = f"   x {values[-1] / values[0]:.4f}" if len(values) > 1 and values[0] else ""
+        lines.append(f"{kind:12}" + "".join(f"{v / 1e9:14.4f}" for v in values) + ratio)
+    return "\n".join(lines)

@@ -1,0 +1,216 @@
+"""Ranks as processes of this machine: the driver's side."""
+
+import contextlib
+import os
+import selectors
+import signal
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed import TCPStore
+
+from expertmesh.comm.base import ByteCount
+from expertmesh.config import EngineConfig
+from expertmesh.engine.checkpoint import Checkpoint
+from expertmesh.engine.ranks import describe_rank, resolve_memory, sum_loads
+from expertmesh.engine.wire import BatchWriter, Plain, read_result
+from expertmesh.errors import RankFailure
+from expertmesh.kernels import Kernels
+from expertmesh.launch.channel import ChannelClosed
+from expertmesh.launch.forkserver import ForkServer, Process
+from expertmesh.mesh.layout import Layout
+from expertmesh.request import Batch, StepResult
+
+GRACE = 2.0  # seconds that a rank has to answer a ping, or to end when it is told to
+PRELOAD = ("torch", "numpy", "expertmesh.engine.worker")
+
+
+class ProcessRanks:
+    """Ranks as processes that share nothing, with collectives over loopback. Implements `engine.ranks.Ranks`."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: EngineConfig,
+        layout: Layout,
+        kernels: Kernels,
+        server: ForkServer | None = None,
+    ) -> None:
+        """server: whose children the ranks become, one of its own where none is given."""
+        self.layout = layout
+        self.config, self.memory = resolve_memory(checkpoint, config, layout, kernels, together=False)
+        self._steps = 0
+        self._failure: str | None = None
+        self._writers = [BatchWriter() for _ in range(layout.topology.groups)]
+        self._processes: list[Process] = []
+        own = None if server else ForkServer(PRELOAD)
+        # Also where nobody closes: when this object goes, or the interpreter.
+        self._end = weakref.finalize(self, _end, self._processes, own)
+        ranks = layout.topology.ranks
+        # The store outlives every rank: it is the driver's.
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        common = {
+            "folder": str(checkpoint.folder.resolve()),
+            "config": asdict(self.config),
+            "layout": layout.to_plain(),
+            "port": self._store.port,
+            "threads": max(1, (os.cpu_count() or 1) // ranks),
+        }
+        specs = [common | {"rank": rank} for rank in range(ranks)]
+        try:
+            program, environment = "expertmesh.engine.worker:serve_rank", {"GLOO_SOCKET_IFNAME": "lo"}
+            self._processes += (server or own).start(program, specs, environment)  # type: ignore[union-attr]
+            self._gather("ready")
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pids(self) -> list[int]:
+        """Process of each rank."""
+        return [process.pid for process in self._processes]
+
+    def run(self, batches: Sequence[Batch]) -> list[StepResult]:
+        self._steps += 1
+        topology = self.layout.topology
+        written = [writer.write(batch) for writer, batch in zip(self._writers, batches, strict=True)]
+        messages = [{"do": "step", "batch": written[topology.group_of(r)]} for r in range(topology.ranks)]
+        answers = self._ask(messages)
+        return [read_result(answer) for answer in answers[:: topology.tp]]
+
+    def loads(self) -> dict[int, Tensor]:
+        counts = self._ask([{"do": "loads"}] * self.layout.topology.ranks)
+        return sum_loads([{layer: torch.tensor(rows) for layer, rows in one.items()} for one in counts])
+
+    def sent(self) -> list[ByteCount]:
+        answers = self._ask([{"do": "sent"}] * self.layout.topology.ranks)
+        return [
+            ByteCount(
+                self.layout.topology, rank, *({k: np.array(v) for k, v in table.items()} for table in answer)
+            )
+            for rank, answer in enumerate(answers)
+        ]
+
+    def reset(self) -> None:
+        self._ask([{"do": "reset"}] * self.layout.topology.ranks)
+
+    def close(self) -> None:
+        self._failure = self._failure or "the engine is closed"
+        self._end()
+
+    def _ask(self, messages: Sequence[Plain]) -> list[Any]:
+        """One message to every rank, and every rank's answer."""
+        if self._failure is not None:
+            raise RankFailure(self._failure)
+        for process, message in zip(self._processes, messages, strict=True):
+            try:
+                process.channel.send(message)
+            except ChannelClosed:
+                continue  # seen when its answer is read
+        return self._gather("done")
+
+    def _gather(self, key: str) -> list[Any]:
+        """The answer of every rank under this key. RankFailure, and an end of all ranks, where one has failed."""
+        answers: dict[int, Any] = {}
+        problems: dict[int, str] = {}
+        interrupted = False
+        with selectors.DefaultSelector() as selector:
+            for rank, process in enumerate(self._processes):
+                selector.register(process.channel, selectors.EVENT_READ, rank)
+            while len(answers) < len(self._processes):
+                try:
+                    ready = selector.select()
+                except KeyboardInterrupt:  # when all have answered: ranks are never in different steps
+                    interrupted = True
+                    continue
+                for event, _ in ready:
+                    cause = self._hear(event.data, key, answers, problems)
+                    if cause is not None:
+                        self._fail(event.data, cause)
+                if problems:
+                    self._fail(*self._find_cause(selector, key, answers, problems))
+        if interrupted:
+            raise KeyboardInterrupt
+        return [answers[rank] for rank in range(len(self._processes))]
+
+    def _hear(self, rank: int, key: str, answers: dict[int, Any], problems: dict[int, str]) -> str | None:
+        """Read what one rank says. Returns how it failed, where it is the cause itself."""
+        try:
+            message = self._processes[rank].channel.receive()
+        except ChannelClosed:
+            return self._death(rank)
+        if key in message:
+            answers[rank] = message[key]
+        elif "failed" in message and message["cause"]:
+            return f"failed in {self._when}: {message['failed']}"
+        elif "failed" in message:
+            problems[rank] = message["failed"]
+        return None
+
+    def _find_cause(
+        self, selector: selectors.BaseSelector, key: str, answers: dict[int, Any], problems: dict[int, str]
+    ) -> tuple[int, str]:
+        """Collectives of some ranks have failed. Who is to blame: a rank that has died or failed otherwise, or that
+        does not answer."""
+        silent = set(range(len(self._processes))) - problems.keys()
+        for rank in silent:
+            try:
+                self._processes[rank].channel.send({"do": "ping"})
+            except ChannelClosed:
+                continue
+        end = time.monotonic() + GRACE
+        while silent and (left := end - time.monotonic()) > 0:
+            for event, _ in selector.select(left):
+                rank = event.data
+                cause = self._hear(rank, key, answers, problems)
+                if cause is not None:
+                    return rank, cause
+                silent.discard(rank)
+        if silent:
+            rank = min(silent)
+            return (
+                rank,
+                f"does not answer any more in {self._when}; the others waited {self.config.timeout:g} s for it",
+            )
+        rank, problem = min(problems.items())
+        return rank, f"could not go on in {self._when}: {problem}"
+
+    @property
+    def _when(self) -> str:
+        return f"step {self._steps}" if self._steps else "the start"
+
+    def _death(self, rank: int) -> str:
+        process = self._processes[rank]
+        status = process.wait(GRACE)
+        if status is not None and status < 0:
+            how = f"killed by signal {-status} ({signal.Signals(-status).name})"
+        else:
+            how = "it closed its channel" if status is None else f"it exited with status {status}"
+        return f"died in {self._when}: {how}, process {process.pid}"
+
+    def _fail(self, rank: int, cause: str) -> None:
+        self._failure = f"{describe_rank(self.layout, rank)} {cause}; all ranks have been stopped"
+        self.close()
+        raise RankFailure(self._failure)
+
+
+def _end(processes: Sequence[Process], server: ForkServer | None) -> None:
+    """End all ranks, by force where they do not listen, and then the server."""
+    for process in processes:
+        with contextlib.suppress(ChannelClosed):
+            process.channel.send({"do": "abort"})
+    end = time.monotonic() + GRACE
+    for process in processes:
+        if process.wait(max(0.0, end - time.monotonic())) is None:
+            process.kill(signal.SIGKILL)
+    for process in processes:
+        process.wait(GRACE)
+        process.channel.close()
+    if server is not None:
+        server.close()

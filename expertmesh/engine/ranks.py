@@ -1,0 +1,252 @@
+"""The ranks of a cluster as the engine sees them: one call computes a step on all of them. Here as threads."""
+
+import queue
+import socket
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from expertmesh.comm.alone import Alone
+from expertmesh.comm.base import ByteCount, Collectives, Comm, CommError
+from expertmesh.comm.exchange import TieredExchange
+from expertmesh.comm.group import Clustered
+from expertmesh.comm.local import LocalWorld
+from expertmesh.config import EngineConfig, cache_bytes_per_token
+from expertmesh.engine.checkpoint import Checkpoint, check_memory, free_memory, load_ranks
+from expertmesh.engine.runner import Runner
+from expertmesh.errors import RankFailure
+from expertmesh.kernels import Kernels
+from expertmesh.mesh.layout import Layout
+from expertmesh.model.deepseek import DeepSeek
+from expertmesh.model.layers import New
+from expertmesh.request import Batch, StepResult
+from expertmesh.weights import Shard, static_bytes
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Static memory of one rank, in bytes. weights: by kind (`weights.Kind`); together: of all ranks of this machine,
+    where ranks may share."""
+
+    kinds: Counter[str]
+    cache: int
+    together: int
+
+    @property
+    def weights(self) -> int:
+        return sum(self.kinds.values())
+
+
+class Ranks(Protocol):
+    """All ranks. config is resolved; memory is that of the rank that holds most."""
+
+    config: EngineConfig
+    memory: Memory
+
+    @property
+    def pids(self) -> list[int]:
+        """Processes of the ranks, none where they are threads of this one."""
+        ...
+
+    def run(self, batches: Sequence[Batch]) -> list[StepResult]:
+        """One step of every TP group, an idle one with an empty batch. RankFailure where a rank fails."""
+        ...
+
+    def loads(self) -> dict[int, Tensor]:
+        """Rows per expert of each layer with routed experts, over all ranks, since the last `reset`."""
+        ...
+
+    def sent(self) -> list[ByteCount]:
+        """What each rank sent since the last `reset`."""
+        ...
+
+    def reset(self) -> None:
+        """Count loads and bytes from 0."""
+        ...
+
+    def close(self) -> None:
+        """End all ranks; nothing can be computed any more."""
+        ...
+
+
+def resolve_memory(
+    checkpoint: Checkpoint, config: EngineConfig, layout: Layout, kernels: Kernels, together: bool
+) -> tuple[EngineConfig, Memory]:
+    """Settle the type and the size of the caches, before anything is loaded. together: whether the ranks share what
+    is the same. InputError where the model is larger than the memory of this machine."""
+    model, topology = checkpoint.config, layout.topology
+    # "auto" follows the checkpoint; the caches' size, which depends on the weights, is settled after them.
+    dtype = config.resolve(model, 1 << 40).dtype
+    shared: dict[Hashable, Tensor] = {}
+    total = 0
+    for rank in range(topology.ranks):
+        shard = Shard.of(rank, topology, layout.placement)
+        held = shared if together else {}
+        DeepSeek(model, shard, kernels, New(TORCH_DTYPES[dtype], torch.device("meta"), held))
+        total += 0 if together else _bytes(held)
+    total = _bytes(shared) if together else total
+    free = free_memory()
+    check_memory(checkpoint.folder, total, free)
+    resolved = config.resolve(model, free - total, topology.ranks)
+    kinds = max(
+        (
+            static_bytes(model, dtype, Shard.of(r, topology, layout.placement))
+            for r in (0, topology.ranks - 1)
+        ),
+        key=lambda kinds: sum(kinds.values()),
+    )
+    cache = (resolved.cache_tokens or 0) * cache_bytes_per_token(model, dtype)
+    return resolved, Memory(kinds, cache, total)
+
+
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def _bytes(held: dict[Hashable, Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in held.values())
+
+
+def collectives_of(layout: Layout, comm: Comm) -> Collectives:
+    """What the runner of one rank of several needs."""
+    return Clustered(comm, TieredExchange(comm, layout.placement, layout.how))
+
+
+def describe_rank(layout: Layout, rank: int) -> str:
+    """A rank as messages name it."""
+    topology = layout.topology
+    return f"rank {rank} (node {topology.node_of(rank)}, card {topology.card_of(rank)}) on {socket.gethostname()}"
+
+
+class ThreadRanks:
+    """Ranks as threads that share weights; one rank runs in the caller's own thread. Implements `Ranks`."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, config: EngineConfig, layout: Layout, kernels: Kernels, progress: bool
+    ) -> None:
+        self.layout = layout
+        self.config, self.memory = resolve_memory(checkpoint, config, layout, kernels, together=True)
+        topology = layout.topology
+        self._world = LocalWorld(topology, config.timeout)
+        new = New(TORCH_DTYPES[self.config.dtype], torch.device("cpu"), {})
+        self.runners: list[Runner] = []
+        self._comms: list[Comm] = []
+        shards = [Shard.of(rank, topology, layout.placement) for rank in range(topology.ranks)]
+        for rank, shard in enumerate(shards):
+            model = DeepSeek(checkpoint.config, shard, kernels, new)
+            collectives: Collectives = Alone()
+            if topology.ranks > 1:
+                comm = self._world.comm(rank)
+                self._comms.append(comm)
+                collectives = collectives_of(layout, comm)
+            self.runners.append(Runner(model, self.config, collectives))
+        load_ranks(
+            checkpoint, [(r.model.weights(), s) for r, s in zip(self.runners, shards, strict=True)], progress
+        )
+        self._steps, self._interrupted = 0, False
+        self._failure: str | None = None
+        self._done: queue.SimpleQueue[_Done] = queue.SimpleQueue()
+        self._inboxes: list[queue.SimpleQueue[Batch | None]] = []
+        if topology.ranks > 1:
+            self._start_threads()
+
+    def _start_threads(self) -> None:
+        for rank, runner in enumerate(self.runners):
+            inbox: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
+            self._inboxes.append(inbox)
+            arguments = (rank, runner, self._world, inbox, self._done)
+            threading.Thread(target=_serve, args=arguments, name=f"rank {rank}", daemon=True).start()
+        # The threads do not hold this object: they end with it.
+        weakref.finalize(self, _end, self._inboxes)
+
+    def run(self, batches: Sequence[Batch]) -> list[StepResult]:
+        if self._failure is not None:
+            raise RankFailure(self._failure)
+        self._steps += 1
+        if not self._inboxes:
+            return [self.runners[0].run(batches[0])]
+        topology = self.layout.topology
+        for rank, inbox in enumerate(self._inboxes):
+            inbox.put(batches[topology.group_of(rank)])
+        done = dict(self._collect() for _ in self._inboxes)
+        if self._interrupted:
+            self._interrupted = False
+            raise KeyboardInterrupt
+        failed = {rank: e for rank, e in done.items() if isinstance(e, BaseException)}
+        if failed:
+            # What others saw of it is not the cause.
+            rank = min(failed, key=lambda r: (isinstance(failed[r], CommError), r))
+            error = failed[rank]
+            cause = f"failed in step {self._steps}: {type(error).__name__}: {error}"
+            self._failure = f"{describe_rank(self.layout, rank)} {cause}"
+            raise RankFailure(self._failure) from error
+        firsts = (done[rank] for rank in range(0, topology.ranks, topology.tp))
+        return [result for result in firsts if isinstance(result, StepResult)]
+
+    def _collect(self) -> "_Done":
+        """The next rank's result. An interrupt waits until all are in: ranks are never in different steps."""
+        while True:
+            try:
+                return self._done.get()
+            except KeyboardInterrupt:
+                self._interrupted = True
+
+    @property
+    def pids(self) -> list[int]:
+        return []
+
+    def loads(self) -> dict[int, Tensor]:
+        return sum_loads([r.loads.counts for r in self.runners])
+
+    def sent(self) -> list[ByteCount]:
+        return [comm.sent for comm in self._comms]
+
+    def reset(self) -> None:
+        for runner in self.runners:
+            runner.loads.counts.clear()
+        for comm in self._comms:
+            comm.sent.clear()
+
+    def close(self) -> None:
+        self._failure = self._failure or "the engine is closed"
+        _end(self._inboxes)
+
+
+_Done: TypeAlias = tuple[int, StepResult | BaseException]
+
+
+def _serve(
+    rank: int,
+    runner: Runner,
+    world: LocalWorld,
+    inbox: "queue.SimpleQueue[Batch | None]",
+    done: "queue.SimpleQueue[_Done]",
+) -> None:
+    """One rank's thread. The cores are shared by the ranks, not by the threads of an op."""
+    torch.set_num_threads(1)
+    while (batch := inbox.get()) is not None:
+        try:
+            done.put((rank, runner.run(batch)))
+        except BaseException as error:
+            if not isinstance(error, CommError):
+                world.fail(f"rank {rank} failed: {error}")
+            done.put((rank, error))
+
+
+def _end(inboxes: "Sequence[queue.SimpleQueue[Batch | None]]") -> None:
+    for inbox in inboxes:
+        inbox.put(None)
+
+
+def sum_loads(counts: Sequence[dict[int, Tensor]]) -> dict[int, Tensor]:
+    """Loads of several ranks together, by layer."""
+    total: dict[int, Tensor] = {}
+    for one in counts:
+        for layer, rows in one.items():
+            total[layer] = total[layer] + rows if layer in total else rows.clone()
+    return dict(sorted(total.items()))

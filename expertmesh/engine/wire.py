@@ -1,0 +1,92 @@
+"""Batches for ranks of other processes, as plain data: of a request only what its TP group does not know yet.
+
+The driver's `BatchWriter` and a rank's `BatchReader` keep the same picture of every request, as long as each message
+that is written is read.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from expertmesh.request import Batch, Request, Sampled, SamplingParams, Slice, StepResult
+
+Plain = dict[str, Any]
+
+
+@dataclass
+class _Known:
+    """How much of a request the other side has: tokens, pages, and at how many preemptions (which take pages back)."""
+
+    request: Request
+    tokens: int
+    pages: int
+    preemptions: int
+
+
+class BatchWriter:
+    """Batches of one TP group to messages."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, _Known] = {}
+
+    def write(self, batch: Batch) -> Plain:
+        ended = [key for key, known in self._known.items() if known.request.finish_reason is not None]
+        for key in ended:
+            del self._known[key]
+        return {"ended": ended, "slices": [self._slice(part) for part in batch.slices]}
+
+    def _slice(self, part: Slice) -> Plain:
+        request, known = part.request, self._known.get(part.request.id)
+        message: Plain = {"id": request.id, "start": part.start, "count": part.count}
+        if known is None:
+            known = self._known[request.id] = _Known(request, 0, 0, request.preemptions)
+            message |= {"new": _head(request)}
+        if known.preemptions != request.preemptions:
+            known.pages, known.preemptions = 0, request.preemptions
+            message |= {"restart": True}
+        message |= {"tokens": request.tokens[known.tokens :], "pages": request.pages[known.pages :]}
+        known.tokens, known.pages = len(request.tokens), len(request.pages)
+        return message
+
+
+def _head(request: Request) -> Plain:
+    return {
+        "prompt_length": request.prompt_length,
+        "seed": request.seed,
+        "params": asdict(request.params),
+    }
+
+
+class BatchReader:
+    """The other side: messages to batches over its own copies of the requests."""
+
+    def __init__(self) -> None:
+        self._requests: dict[str, Request] = {}
+
+    def read(self, message: Plain) -> Batch:
+        for key in message["ended"]:
+            del self._requests[key]
+        return Batch(tuple(self._slice(item) for item in message["slices"]))
+
+    def _slice(self, item: Plain) -> Slice:
+        key = item["id"]
+        if "new" in item:
+            head = item["new"]
+            params = SamplingParams(**head["params"])
+            self._requests[key] = Request(key, [], head["prompt_length"], params, head["seed"])
+        request = self._requests[key]
+        if "restart" in item:
+            request.pages.clear()
+        request.tokens += item["tokens"]
+        request.pages += item["pages"]
+        return Slice(request, item["start"], item["count"])
+
+
+def write_result(result: StepResult) -> Plain:
+    """What a TP group's first rank answers."""
+    sampled = {key: [s.token, s.logprobs] for key, s in result.sampled.items()}
+    return {"sampled": sampled, "prompt_logprobs": result.prompt_logprobs}
+
+
+def read_result(message: Plain) -> StepResult:
+    sampled = {key: Sampled(token, logprobs) for key, (token, logprobs) in message["sampled"].items()}
+    return StepResult(sampled, message["prompt_logprobs"])

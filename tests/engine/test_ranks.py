@@ -1,0 +1,110 @@
+"""Ranks as threads: failures, memory."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from expertmesh import LLM, InputError, ModelConfig, SamplingParams, Topology
+from expertmesh.engine.ranks import ThreadRanks
+from expertmesh.errors import RankFailure
+from expertmesh.kernels import kernels_for
+from expertmesh.mesh.layout import Layout
+from expertmesh.model.deepseek import DeepSeek
+from expertmesh.model.layers import New
+from expertmesh.weights import Shard, static_bytes
+from tests.support.files import official_config, write_sparse
+
+
+def test_a_rank_that_raises_is_named_and_ends_the_engine(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LLM(tiny_folder, topology=Topology(2, 2, 2)) as llm:
+        ranks = llm.engine.ranks
+        assert isinstance(ranks, ThreadRanks)
+
+        def broken(*_: Any) -> None:
+            raise ValueError("out of order")
+
+        monkeypatch.setattr(ranks.runners[2].model.layers[1][1], "kernels", broken)
+        message = r"rank 2 \(node 1, card 0\) on \S+ failed in step 1: "
+        for _ in range(2):
+            with pytest.raises(RankFailure, match=message):
+                llm.generate([[5, 6]], SamplingParams(max_tokens=2))
+
+
+def test_threads_end_with_their_engine(tiny_folder: Path) -> None:
+    before = threading.active_count()
+    llm = LLM(tiny_folder, topology=Topology(2, 4))
+    llm.generate([[5, 6]], SamplingParams(max_tokens=2))
+    threads = [t for t in threading.enumerate() if t.name.startswith("rank ")]
+    assert len(threads) >= 8
+    llm.close()
+    for thread in threads:
+        thread.join(30)
+    assert threading.active_count() <= before
+
+
+def test_threads_share_what_is_the_same(tiny_folder: Path) -> None:
+    with LLM(tiny_folder, topology=Topology(2, 2, 2)) as llm:
+        ranks = llm.engine.ranks
+        assert isinstance(ranks, ThreadRanks)
+        first, second, third, _ = (r.model for r in ranks.runners)
+        assert first.embedding.weight is third.embedding.weight  # the same TP rank of two groups
+        assert first.embedding.weight is not second.embedding.weight
+        assert first.layers[0][0].a is second.layers[0][0].a
+        distinct = {t.data_ptr(): t for m in (first, second, third) for t in m.weights().values()}
+        assert ranks.memory.together < 4 * ranks.memory.weights
+        assert len(distinct) < 3 * len(first.weights())
+
+
+@pytest.mark.parametrize("redundant", [0, 64])
+@pytest.mark.parametrize(("nodes", "cards", "tp"), [(2, 8, 8), (8, 8, 8), (8, 8, 1), (8, 8, 2)])
+def test_memory_of_v3_is_what_the_formula_says(nodes: int, cards: int, tp: int, redundant: int) -> None:
+    """The engine's own allocation, on the meta device, kind by kind."""
+    config = ModelConfig.from_dict(official_config("deepseek-v3"))
+    layout = Layout.of(config, Topology(nodes, cards, tp), "two_tier", redundant)
+    for rank in (0, layout.topology.ranks - 1):
+        shard = Shard.of(rank, layout.topology, layout.placement)
+        made: dict[Any, torch.Tensor] = {}
+        DeepSeek(config, shard, kernels_for("cpu"), New(torch.bfloat16, torch.device("meta"), made))
+        formula = static_bytes(config, "bfloat16", shard)
+        assert sum(t.numel() * t.element_size() for t in made.values()) == sum(formula.values())
+        routed = [
+            t for (name, *_), t in made.items() if name.endswith(("ffn.gate_up", "ffn.down")) and t.ndim == 3
+        ]
+        assert sum(t.numel() * t.element_size() for t in routed) == formula["routed"]
+
+
+def test_routed_experts_of_64_cards_are_a_quarter_of_those_of_16() -> None:
+    config = ModelConfig.from_dict(official_config("deepseek-v3"))
+    kinds = []
+    for nodes in (2, 8):
+        layout = Layout.of(config, Topology(nodes, 8, 8), "two_tier", 0)
+        kinds.append(static_bytes(config, "bfloat16", Shard.of(0, layout.topology, layout.placement)))
+    assert kinds[0]["routed"] == 4 * kinds[1]["routed"]
+    assert 0.33 < sum(kinds[1].values()) / sum(kinds[0].values()) < 0.34
+
+
+def test_more_ranks_than_memory_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    write_sparse(tmp_path, official_config("deepseek-v2-lite"), 2)
+    with pytest.raises(InputError, match=r"its weights take .* GB in memory"):
+        LLM(tmp_path, topology=Topology(8, 8), ranks="processes")
+
+
+@pytest.mark.parametrize(
+    ("topology", "options", "message"),
+    [
+        (Topology(2, 3, 3), {}, "attention_tp 3 does not divide num_attention_heads 4"),
+        (Topology(2, 2), {"exchange": "ring"}, "exchange 'ring' is not one of flat"),
+        (Topology(2, 2), {"ranks": "fibers"}, "ranks 'fibers' is not one of threads, processes"),
+        (Topology(2, 2), {"redundant": 100}, "100 redundant slots"),
+        (Topology(2, 2), {"redundant": -1}, "redundant is -1"),
+        (Topology(2, 2), {"timeout": 0}, "timeout is 0"),
+    ],
+)
+def test_bad_input(tiny_folder: Path, topology: Topology, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        LLM(tiny_folder, topology=topology, **options)

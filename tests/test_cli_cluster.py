@@ -1,0 +1,131 @@
+"""The command line on clusters: layouts, the exchange's benchmark, memory."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from expertmesh.cli import main
+from expertmesh.engine.ranks import ThreadRanks
+from tests.support.files import CONFIGS
+
+GENERATE = ["--token-ids", "5,6,7", "--max-tokens", "6", "--temperature", "0", "--ignore-eos", "--json"]
+EXCHANGE = ["bench", "exchange", "--hidden", "96", "--tokens", "5", "--rounds", "1", "--json"]
+ALGORITHMS = ["flat", "two_tier", "two_tier_int8", "two_tier_int8_both"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(list(arguments))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and out == "" and err.startswith("expertmesh: ") and err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize("more", [[], ["--ranks", "processes"], ["--exchange", "flat", "--redundant", "3"]])
+def test_generate_on_a_cluster(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    _, alone, _ = run(capsys, "generate", str(tiny_folder), *GENERATE)
+    cluster = ["--nodes", "2", "--cards", "2", "--attention-tp", "2", *more]
+    code, out, err = run(capsys, "generate", str(tiny_folder), *GENERATE, *cluster)
+    assert code == 0 and json.loads(out) == json.loads(alone)
+    assert "2 nodes x 2 cards" in err and "attention TP 2 x DP 2" in err
+    assert "MB a rank: weights" in err and "routed" in err and "MB sent: attention" in err
+
+
+def test_a_failed_rank_is_one_line_and_status_1(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = ThreadRanks.__init__
+
+    def broken(self: ThreadRanks, *args: Any, **kwargs: Any) -> None:
+        start(self, *args, **kwargs)
+        self.runners[3].collectives = None  # type: ignore[assignment]
+
+    monkeypatch.setattr(ThreadRanks, "__init__", broken)
+    code, out, err = run(capsys, "generate", str(tiny_folder), *GENERATE, "--nodes", "2", "--cards", "2")
+    assert code == 1 and out == "" and "Traceback" not in err
+    assert "expertmesh: rank 3 (node 1, card 1) on " in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("ranks", ["threads", "processes"])
+def test_bench_exchange(ranks: str, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--nodes", "2", "--cards", "3", "--no-perplexity", "--ranks", ranks]
+    code, out, _ = run(capsys, *EXCHANGE, *more)
+    report = json.loads(out)
+    assert code == 0
+    assert {"nodes": 2, "cards": 3, "tokens_per_rank": 5, "hidden": 96}.items() <= report.items()
+    for key in ("cross_node_bytes", "predicted_cross_node_bytes", "messages", "seconds"):
+        assert list(report[key]) == ALGORITHMS
+        for phases in report[key].values():
+            assert phases["total"] == pytest.approx(phases["dispatch"] + phases["combine"])
+    assert report["cross_node_bytes"] == report["predicted_cross_node_bytes"]
+    assert report["interface_bytes"] is None and report["card_imbalance"] >= 1
+    assert report["reduction"]["flat"] == 0
+    assert max(report["relative_error"].values()) < 0.02
+
+
+def test_bench_exchange_saves_what_was_announced(capsys: pytest.CaptureFixture[str]) -> None:
+    """V3's routing on 8 x 8, fewer rows and narrower ones than the default so that it is quick; scales and slots
+    weigh more then, and the bars hold all the same."""
+    more = ["--nodes", "8", "--cards", "8", "--hidden", "1024", "--tokens", "16", "--no-perplexity"]
+    _, out, _ = run(capsys, *EXCHANGE, *more)
+    reduction = json.loads(out)["reduction"]
+    bars = {"two_tier": 0.50, "two_tier_int8": 0.62, "two_tier_int8_both": 0.735}
+    assert all(reduction[name] >= bar for name, bar in bars.items()), reduction
+
+
+def test_what_formats_cost_is_measured_on_the_demo_model(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expertmesh.bench.perplexity.TOKENS", 24)
+    _, out, _ = run(capsys, *EXCHANGE, "--nodes", "2", "--cards", "1", "--algorithms", "two_tier_int8_both")
+    found = json.loads(out)["perplexity"]
+    assert list(found) == ["flat", "two_tier_int8_both"]
+    assert found["two_tier_int8_both"] != found["flat"]
+    assert found["two_tier_int8_both"] == pytest.approx(found["flat"], rel=0.05)
+
+
+def test_memory_compares_layouts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_bytes((CONFIGS / "deepseek-v3.json").read_bytes())
+    _, out, _ = run(capsys, "memory", str(tmp_path), "--layout", "2x8", "--layout", "8x8x8", "--json")
+    small, large = json.loads(out)["layouts"]
+    assert small["bytes"]["routed"] == 4 * large["bytes"]["routed"]
+    assert np.isclose(large["total"] / small["total"], 1 / 3, atol=0.01)
+    # 46.27 and 15.62 GB with one byte a number; here all are bfloat16, and the router float32.
+    assert small["total"] == pytest.approx(2 * 46.27e9, rel=0.01)
+    assert large["total"] == pytest.approx(2 * 15.62e9, rel=0.01)
+    _, table, _ = run(capsys, "memory", str(tmp_path), "--layout", "2x8", "--layout", "8x8")
+    assert "x 0.2500" in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", *GENERATE, "--nodes", "0"], "nodes is 0"),
+        (["generate", *GENERATE, "--cards", "4", "--attention-tp", "3"], "attention_tp 3 does not divide the 4"),
+        (["generate", *GENERATE, "--cards", "3", "--attention-tp", "3"], "does not divide num_attention_heads 8"),
+        (["generate", *GENERATE, "--nodes", "2", "--exchange", "ring"], "exchange 'ring' is not one of flat"),
+        (["generate", *GENERATE, "--nodes", "2", "--ranks", "fibers"], "not one of threads, processes"),
+        (["generate", *GENERATE, "--nodes", "2", "--redundant", "9"], "9 redundant slots"),
+        (["bench", "engine", "--nodes", "2", "--exchange", "ring"], "exchange 'ring'"),
+        ([*EXCHANGE, "--algorithms", "ring"], "exchange 'ring' is not one of flat"),
+        ([*EXCHANGE, "--nodes", "0"], "nodes is 0"),
+        ([*EXCHANGE, "--groups", "3"], "groups of 256 experts"),
+        ([*EXCHANGE, "--experts-per-token", "200"], "hold fewer than 200 experts"),
+        ([*EXCHANGE, "--tokens", "100000000"], "GB are free here"),
+        ([*EXCHANGE, "--ranks", "fibers"], "not one of threads, processes"),
+        (["memory", "--layout", "8by8"], "not of the form 8x8"),
+        (["memory", "--layout", "0x8"], "nodes is 0"),
+        (["memory", "/nowhere"], "no such folder"),
+    ],
+)  # fmt: skip
+def test_bad_input(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in refused(capsys, *arguments)
