@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from expertmesh.errors import InputError
 
@@ -38,9 +38,11 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        one = isinstance(self.stop, str)
+        object.__setattr__(
+            self, "stop", (self.stop,) if one else self._tuple("stop", "texts that are not empty")
+        )
+        object.__setattr__(self, "stop_token_ids", self._tuple("stop_token_ids", "token ids"))
         if self.top_k == -1:  # vLLM's way to say: all of them
             object.__setattr__(self, "top_k", 0)
         self._check_number("max_tokens", 0, whole=True)
@@ -62,16 +64,32 @@ class SamplingParams:
             raise InputError(f"seed is {self.seed!r}, but must be a whole number")
         if not all(isinstance(s, str) and s for s in self.stop):
             raise InputError("stop must be texts that are not empty")
-        if not all(isinstance(i, int) and i >= 0 for i in self.stop_token_ids):
+        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in self.stop_token_ids):
             raise InputError("stop_token_ids must be token ids")
+        if not isinstance(self.ignore_eos, bool):
+            raise InputError(f"ignore_eos is {self.ignore_eos!r}, but must be true or false")
+
+    def _tuple(self, name: str, kind: str) -> tuple[Any, ...]:
+        """A field that holds several values, None being none."""
+        value = getattr(self, name)
+        if value is not None and not isinstance(value, list | tuple | set | frozenset):
+            raise InputError(f"{name} must be {kind}")
+        return tuple(value or ())
 
     def _check_number(self, name: str, low: float, high: float = math.inf, whole: bool = False) -> None:
         value = getattr(self, name)
-        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        good = isinstance(value, int | float) and not isinstance(value, bool) and _finite(value)
         if not good or (whole and not isinstance(value, int)) or not low <= value <= high:
             kind = "a whole number" if whole else "a number"
             bound = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
             raise InputError(f"{name} is {value!r}, but must be {kind} {bound}")
+
+
+def _finite(value: int | float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False
 
 
 @dataclass(eq=False)

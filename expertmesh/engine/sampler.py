@@ -78,7 +78,7 @@ def draw(logits_BV: Tensor, requests: Sequence[Request]) -> Tensor:
     """
     # Very low temperatures make infinite logits; relative to the largest they stay defined.
     logits = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)).double()
-    logits = logits / _column([max(r.params.temperature, 1e-6) for r in requests], logits)
+    logits = logits / _column([r.params.temperature for r in requests], logits)
     cutting = [p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in (r.params for r in requests)]
     tokens = torch.empty(len(requests), dtype=torch.int64, device=logits.device)
     whole = [i for i, cuts in enumerate(cutting) if not cuts]
@@ -121,18 +121,19 @@ def _invert(probabilities_BV: Tensor, requests: Sequence[Request]) -> Tensor:
 
 def top_logprobs(logits_BV: Tensor, chosen: Sequence[int], counts: Sequence[int]) -> list[dict[int, float]]:
     """For each row {token: log-probability} of its `count` most likely tokens and of the chosen one, most likely
-    first."""
-    logprobs = logits_BV.log_softmax(dim=-1)
-    most = min(max(counts), logits_BV.shape[-1])
-    values, tokens = logprobs.topk(max(most, 1), dim=-1)
-    own = (
-        logprobs.gather(-1, torch.tensor(chosen, device=logits_BV.device).unsqueeze(-1)).squeeze(-1).tolist()
-    )
+    first, of equal ones the lowest id: as greedy choice has it, whatever else is in the batch."""
+    logprobs_BV = logits_BV.log_softmax(dim=-1)
     out = []
-    for row_tokens, row_values, token, value, count in zip(
-        tokens.tolist(), values.tolist(), chosen, own, counts, strict=True
-    ):
-        found = dict(zip(row_tokens[:count], row_values[:count], strict=True))
-        found.setdefault(token, value)
+    for logprobs, token, count in zip(logprobs_BV, chosen, counts, strict=True):
+        found = _most_likely(logprobs, min(count, logprobs.shape[0])) if count else {}
+        found.setdefault(token, float(logprobs[token]))
         out.append(found)
     return out
+
+
+def _most_likely(logprobs_V: Tensor, count: int) -> dict[int, float]:
+    """topk says nothing of equal values: all that reach the last one's are sorted instead."""
+    last = logprobs_V.topk(count).values[-1]
+    tokens = (logprobs_V >= last).nonzero().squeeze(-1)
+    values, order = logprobs_V[tokens].sort(descending=True, stable=True)
+    return dict(zip(tokens[order[:count]].tolist(), values[:count].tolist(), strict=True))

@@ -31,10 +31,11 @@ class OutputText:
 
     def _take(self, new: str) -> str:
         held = self._held + new
-        cuts = [at for at in (held.find(stop) for stop in self._stop) if at >= 0]
+        cuts = [(at + len(stop), at) for stop in self._stop if (at := held.find(stop)) >= 0]
         if cuts:
+            # The one that is complete first: which it is does not depend on how the text is split into tokens.
             self.stopped = True
-            held, self._held = held[: min(cuts)], ""
+            held, self._held = held[: min(cuts)[1]], ""
         else:
             keep = max((_overlap(held, stop) for stop in self._stop), default=0)
             held, self._held = held[: len(held) - keep], held[len(held) - keep :]

@@ -6,8 +6,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.decoders import DecodeStream
@@ -53,7 +54,10 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids; special adds what the checkpoint puts before every text, the first token as a rule."""
-        ids: list[int] = self._rust.encode(text, add_special_tokens=special).ids
+        try:
+            ids: list[int] = self._rust.encode(text, add_special_tokens=special).ids
+        except TypeError:
+            raise InputError("the prompt is not a text: it has halves of surrogate pairs") from None
         if special and self._config.get("add_bos_token") and self.bos:
             bos = self._rust.token_to_id(self.bos)
             if bos is not None and ids[:1] != [bos]:
@@ -74,21 +78,22 @@ class Tokenizer:
         """The conversation as text, by the checkpoint's own template."""
         if self._template is None:
             raise InputError("this checkpoint has no chat template; give the prompt as text or token ids")
-        for message in messages:
-            if not isinstance(message, Mapping) or "role" not in message:
-                raise InputError("a chat message must be an object with role and content")
+        if not isinstance(messages, Sequence) or not all(
+            isinstance(m, Mapping) and "role" in m for m in messages
+        ):
+            raise InputError("a chat message must be an object with role and content")
+        named = {key: self._named(key) or "" for key in self._config if key.endswith("_token")}
+        fixed = {
+            "bos_token": "",
+            "eos_token": "",
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": True,
+        }
         try:
-            environment = ImmutableSandboxedEnvironment(
-                trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-            )
-            environment.globals["raise_exception"] = _raise
-            environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-            environment.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
-            return environment.from_string(self._template).render(
-                messages=list(messages), add_generation_prompt=True, bos_token=self.bos or "",
-                eos_token=self.eos or "", **variables,
-            )  # fmt: skip
-        except (TemplateError, TypeError, AttributeError, KeyError, ValueError) as error:
+            template = _environment().from_string(self._template)
+            return template.render(fixed | named | variables | {"messages": list(messages)})
+        except Exception as error:  # whatever a stranger's template may do
             raise InputError(f"the chat template cannot render these messages: {error}") from None
 
     def stream(self) -> "TextStream":
@@ -96,16 +101,22 @@ class Tokenizer:
 
     def _named(self, key: str) -> str | None:
         value = self._config.get(key)
-        return value.get("content") if isinstance(value, dict) else value
+        text = value.get("content") if isinstance(value, dict) else value
+        return text if isinstance(text, str) else None
 
     def _chat_template(self, folder: Path) -> str | None:
         file = folder / "chat_template.jinja"
         if file.is_file():
-            return file.read_text(encoding="utf-8")
+            try:
+                return file.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(f"{file}: is not a text in UTF-8 ({error})") from None
         template = self._config.get("chat_template")
         if isinstance(template, list):  # several by name
-            named = {item.get("name"): item.get("template") for item in template}
+            named = {i.get("name"): i.get("template") for i in template if isinstance(i, dict)}
             template = named.get("default")
+        if template is not None and not isinstance(template, str):
+            raise InputError(f"{folder}: chat_template in tokenizer_config.json is not a text")
         return template
 
 
@@ -130,6 +141,33 @@ class TextStream:
         return rest
 
 
+class _Generation(Extension):
+    """{% generation %} marks what the assistant says, for training; here it is only its content."""
+
+    tags = {"generation"}  # noqa: RUF012  (Jinja's own form)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """What transformers offers to chat templates."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+    )
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.filters["tojson"] = _to_json
+    return environment
+
+
+def _to_json(
+    x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
 def _raise(message: str) -> None:
     raise TemplateError(message)
 
@@ -139,6 +177,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from None
-    return data if isinstance(data, dict) else {}
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: holds a {type(data).__name__}, not an object")
+    return data
