@@ -1,10 +1,41 @@
 """ExpertMesh: inference for DeepSeek-V3/R1-class mixture-of-experts models over many cards on many machines."""
 
-from expertmesh.config import EngineConfig, ModelConfig
-from expertmesh.errors import InputError
-from expertmesh.llm import LLM
-from expertmesh.mesh.topology import Topology
-from expertmesh.request import Output, SamplingParams
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from expertmesh.config import EngineConfig, ModelConfig
+    from expertmesh.errors import InputError, RankFailure
+    from expertmesh.llm import LLM
+    from expertmesh.mesh.topology import Topology
+    from expertmesh.request import Output, SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "EngineConfig", "InputError", "ModelConfig", "Output", "SamplingParams", "Topology"]
+__all__ = [
+    "LLM",
+    "EngineConfig",
+    "InputError",
+    "ModelConfig",
+    "Output",
+    "RankFailure",
+    "SamplingParams",
+    "Topology",
+]
+
+_HOMES = {
+    "LLM": "llm",
+    "EngineConfig": "config",
+    "InputError": "errors",
+    "ModelConfig": "config",
+    "Output": "request",
+    "RankFailure": "errors",
+    "SamplingParams": "request",
+    "Topology": "mesh.topology",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Names come when they are asked for: `expertmesh --help` need not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"expertmesh.{_HOMES[name]}"), name)

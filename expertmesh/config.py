@@ -327,7 +327,8 @@ class EngineConfig:
     strict: refuse to start where an op would run on its reference.
     Of several ranks: ranks: "threads" of this process, which share weights and start at once, or "processes" of this
     machine. exchange: the algorithm that takes rows to their experts (`mesh.traffic`). redundant: slots of a layer
-    beyond one per expert, for replicas. timeout: seconds after which a rank that does not answer has failed.
+    beyond one per expert, for replicas. timeout: seconds after which a process that does not answer has failed;
+    computing is no reason not to.
     """
 
     dtype: str = "auto"
@@ -353,14 +354,15 @@ class EngineConfig:
             raise InputError(f"timeout is {self.timeout!r}, but must be a number of seconds above 0")
         if not _fits(int, self.redundant):
             raise InputError(f"redundant is {self.redundant!r}, but must be a whole number of at least 0")
-        for name in (
+        sizes = (
             "max_context",
             "max_batch_tokens",
             "max_batch_requests",
             "chunk",
             "page_size",
             "cache_tokens",
-        ):
+        )
+        for name in sizes:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise InputError(f"{name} is {value!r}, but must be a whole number of at least 1")

@@ -6,9 +6,9 @@ import selectors
 import signal
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from expertmesh.launch.forkserver import ForkServer, Process
 from expertmesh.mesh.layout import Layout
 from expertmesh.request import Batch, StepResult
 
-GRACE = 2.0  # seconds that a rank has to answer a ping, or to end when it is told to
+GRACE = 2.0  # seconds that a rank has to end when it is told to, and that the cause of a failure has to show
 PRELOAD = ("torch", "numpy", "expertmesh.engine.worker")
 
 
@@ -118,68 +118,65 @@ class ProcessRanks:
     def _gather(self, key: str) -> list[Any]:
         """The answer of every rank under this key. RankFailure, and an end of all ranks, where one has failed."""
         answers: dict[int, Any] = {}
-        problems: dict[int, str] = {}
+        heard = dict.fromkeys(range(len(self._processes)), time.monotonic())
         interrupted = False
         with selectors.DefaultSelector() as selector:
             for rank, process in enumerate(self._processes):
                 selector.register(process.channel, selectors.EVENT_READ, rank)
             while len(answers) < len(self._processes):
                 try:
-                    ready = selector.select()
+                    ready = selector.select(self.config.timeout / 4)
                 except KeyboardInterrupt:  # when all have answered: ranks are never in different steps
                     interrupted = True
                     continue
                 for event, _ in ready:
-                    cause = self._hear(event.data, key, answers, problems)
-                    if cause is not None:
-                        self._fail(event.data, cause)
-                if problems:
-                    self._fail(*self._find_cause(selector, key, answers, problems))
+                    heard[event.data] = time.monotonic()
+                    self._hear(event.data, key, answers)
+                if not ready:
+                    self._ping(heard.keys() - answers.keys(), heard)
         if interrupted:
             raise KeyboardInterrupt
         return [answers[rank] for rank in range(len(self._processes))]
 
-    def _hear(self, rank: int, key: str, answers: dict[int, Any], problems: dict[int, str]) -> str | None:
-        """Read what one rank says. Returns how it failed, where it is the cause itself."""
+    def _hear(self, rank: int, key: str, answers: dict[int, Any]) -> None:
+        """Read what one rank says."""
         try:
             message = self._processes[rank].channel.receive()
         except ChannelClosed:
-            return self._death(rank)
+            self._fail(rank, self._death(rank))
         if key in message:
             answers[rank] = message[key]
-        elif "failed" in message and message["cause"]:
-            return f"failed in {self._when}: {message['failed']}"
         elif "failed" in message:
-            problems[rank] = message["failed"]
-        return None
+            if not message["cause"]:
+                self._find_cause(rank)
+            self._fail(rank, f"failed in {self._when}: {message['failed']}")
 
-    def _find_cause(
-        self, selector: selectors.BaseSelector, key: str, answers: dict[int, Any], problems: dict[int, str]
-    ) -> tuple[int, str]:
-        """Collectives of some ranks have failed. Who is to blame: a rank that has died or failed otherwise, or that
-        does not answer."""
-        silent = set(range(len(self._processes))) - problems.keys()
-        for rank in silent:
-            try:
+    def _ping(self, waiting: Collection[int], heard: dict[int, float]) -> None:
+        """A rank may compute as long as it likes, but it has a thread that answers. Who does not has failed."""
+        now = time.monotonic()
+        for rank in waiting:
+            if now - heard[rank] > self.config.timeout:
+                self._fail(
+                    rank, f"does not answer any more in {self._when}, for {self.config.timeout:g} s now"
+                )
+            with contextlib.suppress(ChannelClosed):  # seen when its channel is read
                 self._processes[rank].channel.send({"do": "ping"})
-            except ChannelClosed:
-                continue
+
+    def _find_cause(self, witness: int) -> None:
+        """A collective of this rank has failed, because of another one as a rule: wait a moment to hear of that."""
         end = time.monotonic() + GRACE
-        while silent and (left := end - time.monotonic()) > 0:
-            for event, _ in selector.select(left):
-                rank = event.data
-                cause = self._hear(rank, key, answers, problems)
-                if cause is not None:
-                    return rank, cause
-                silent.discard(rank)
-        if silent:
-            rank = min(silent)
-            return (
-                rank,
-                f"does not answer any more in {self._when}; the others waited {self.config.timeout:g} s for it",
-            )
-        rank, problem = min(problems.items())
-        return rank, f"could not go on in {self._when}: {problem}"
+        others = [rank for rank in range(len(self._processes)) if rank != witness]
+        with selectors.DefaultSelector() as selector:
+            for rank in others:
+                selector.register(self._processes[rank].channel, selectors.EVENT_READ, rank)
+            while (left := end - time.monotonic()) > 0:
+                for event, _ in selector.select(left):
+                    try:
+                        message = self._processes[event.data].channel.receive()
+                    except ChannelClosed:
+                        self._fail(event.data, self._death(event.data))
+                    if message.get("cause"):
+                        self._fail(event.data, f"failed in {self._when}: {message['failed']}")
 
     @property
     def _when(self) -> str:
@@ -194,7 +191,7 @@ class ProcessRanks:
             how = "it closed its channel" if status is None else f"it exited with status {status}"
         return f"died in {self._when}: {how}, process {process.pid}"
 
-    def _fail(self, rank: int, cause: str) -> None:
+    def _fail(self, rank: int, cause: str) -> NoReturn:
         self._failure = f"{describe_rank(self.layout, rank)} {cause}; all ranks have been stopped"
         self.close()
         raise RankFailure(self._failure)

@@ -105,6 +105,9 @@ def resolve_memory(
     return resolved, Memory(kinds, cache, total)
 
 
+# A rank that computes for long is late at a collective without having failed; one that dies is seen otherwise. So only
+# a deadlock meets this bound, in time-outs.
+PATIENCE = 40
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -132,7 +135,7 @@ class ThreadRanks:
         self.layout = layout
         self.config, self.memory = resolve_memory(checkpoint, config, layout, kernels, together=True)
         topology = layout.topology
-        self._world = LocalWorld(topology, config.timeout)
+        self._world = LocalWorld(topology, PATIENCE * config.timeout)
         new = New(TORCH_DTYPES[self.config.dtype], torch.device("cpu"), {})
         self.runners: list[Runner] = []
         self._comms: list[Comm] = []

@@ -13,7 +13,7 @@ from expertmesh.comm.base import CommError
 from expertmesh.comm.process import ProcessComm
 from expertmesh.config import EngineConfig, ModelConfig
 from expertmesh.engine.checkpoint import load, open_checkpoint
-from expertmesh.engine.ranks import TORCH_DTYPES, collectives_of
+from expertmesh.engine.ranks import PATIENCE, TORCH_DTYPES, collectives_of
 from expertmesh.engine.runner import Runner
 from expertmesh.engine.wire import BatchReader, Plain, write_result
 from expertmesh.kernels import kernels_for
@@ -64,7 +64,8 @@ class _Rank:
         layout, number = Layout.from_plain(spec["layout"]), spec["rank"]
         folder, config = Path(spec["folder"]), EngineConfig(**spec["config"])
         store = TCPStore("127.0.0.1", spec["port"], is_master=False)
-        self._comm = ProcessComm(layout.topology, number, store, config.timeout)
+        # The driver finds out who does not answer; a collective itself has patience with those that compute.
+        self._comm = ProcessComm(layout.topology, number, store, PATIENCE * config.timeout)
         checkpoint = open_checkpoint(folder, ModelConfig.from_folder(folder))
         shard = Shard.of(number, layout.topology, layout.placement)
         new = New(TORCH_DTYPES[config.dtype], torch.device("cpu"))
