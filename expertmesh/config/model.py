@@ -1,9 +1,9 @@
-"""What a model is (from its config.json) and how the engine runs it. Both frozen: `resolve` returns a new one."""
+"""What a model is, from its config.json."""
 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -158,7 +158,7 @@ class ModelConfig:
         values["fp8_block"] = _fp8_block(data.get("quantization_config"), where)
         eos = data.get("eos_token_id")
         values["eos_token_ids"] = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-        if not all(_fits(int, token) for token in values["eos_token_ids"]):
+        if not all(fits(int, token) for token in values["eos_token_ids"]):
             raise InputError(f"{where}: eos_token_id is {eos!r}, neither a token id nor a list of them")
         if values["topk_method"] == "gready":  # the spelling of DeepSeek-V2's own default
             values["topk_method"] = "greedy"
@@ -244,7 +244,7 @@ def _plain_fields(data: Mapping[str, Any], defaults: Mapping[str, Any], where: s
             value = defaults.get(field.name)
             if field.name not in defaults:
                 missing.append(field.name)
-        elif field.type in _KINDS and not _fits(field.type, value):
+        elif field.type in _KINDS and not fits(field.type, value):
             wrong.append(f"{field.name} is {value!r}, not {_KINDS[field.type]}")
         values[field.name] = value
     if missing:
@@ -254,7 +254,7 @@ def _plain_fields(data: Mapping[str, Any], defaults: Mapping[str, Any], where: s
     return values
 
 
-def _fits(kind: Any, value: Any) -> bool:
+def fits(kind: Any, value: Any) -> bool:
     """Whether a value of a JSON file is a count, a finite number, a truth value."""
     if kind is bool or isinstance(value, bool):
         return kind is bool and isinstance(value, bool)
@@ -268,7 +268,7 @@ def _number(data: Mapping[str, Any], name: str, default: Any, where: str) -> Any
     value = data.get(name)
     if value is None:
         return default
-    if not _fits(float, value):
+    if not fits(float, value):
         raise InputError(f"{where}: {name} is {value!r}, not a number")
     return float(value)
 
@@ -280,7 +280,7 @@ def _yarn(rope: Mapping[str, Any], max_position: int, where: str) -> Yarn | None
     if kind != "yarn":
         raise InputError(f"{where}: rope type {kind!r} is not supported, only 'default' and 'yarn'")
     original = rope.get("original_max_position_embeddings")
-    if not original or not _fits(int, original):
+    if not original or not fits(int, original):
         raise InputError(f"{where}: YaRN needs original_max_position_embeddings, a count of at least 1")
     factor = _number(rope, "factor", max_position / original, where)
     fast, slow = (_number(rope, "beta_fast", 32.0, where), _number(rope, "beta_slow", 1.0, where))
@@ -307,100 +307,6 @@ def _fp8_block(quantization: Any, where: str) -> tuple[int, int] | None:
         raise InputError(
             f"{where}: quantisation {method!r} is not supported, only 'fp8' with weight_block_size"
         )
-    if not isinstance(block, list) or len(block) != 2 or not all(_fits(int, n) and n for n in block):
+    if not isinstance(block, list) or len(block) != 2 or not all(fits(int, n) and n for n in block):
         raise InputError(f"{where}: weight_block_size is {block!r}, not two sizes of at least 1")
     return (block[0], block[1])
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """How one engine runs. None means: worked out once by `resolve`, from the model and the memory.
-
-    dtype: what the weights are computed in; "auto" takes the checkpoint's.
-    max_context: longest request in tokens, prompt and output together.
-    max_batch_tokens: token rows of one step; at least max_batch_requests, so that decoding never starves.
-    max_batch_requests: requests that run at the same time; the others wait.
-    chunk: most prompt tokens of one request in one step (chunked prefill); None for no limit but the step's.
-    page_size: tokens in one page of the latent cache.
-    cache_tokens: tokens that the latent cache holds in all.
-    prefix_cache: whether requests share the pages of equal beginnings.
-    strict: refuse to start where an op would run on its reference.
-    Of several ranks: ranks: "threads" of this process, which share weights and start at once, or "processes" of this
-    machine. exchange: the algorithm that takes rows to their experts (`mesh.traffic`). redundant: slots of a layer
-    beyond one per expert, for replicas. timeout: seconds after which a process that does not answer has failed;
-    computing is no reason not to.
-    """
-
-    dtype: str = "auto"
-    max_context: int | None = None
-    max_batch_tokens: int = 2048
-    max_batch_requests: int = 64
-    chunk: int | None = None
-    page_size: int = 32
-    cache_tokens: int | None = None
-    prefix_cache: bool = True
-    strict: bool = False
-    ranks: str = "threads"
-    exchange: str = "two_tier"
-    redundant: int = 0
-    timeout: float = 30.0
-
-    def __post_init__(self) -> None:
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise InputError(f"dtype {self.dtype!r} is not one of auto, float32, bfloat16")
-        if self.ranks not in ("threads", "processes"):
-            raise InputError(f"ranks {self.ranks!r} is not one of threads, processes")
-        if not _fits(float, self.timeout) or self.timeout <= 0:
-            raise InputError(f"timeout is {self.timeout!r}, but must be a number of seconds above 0")
-        if not _fits(int, self.redundant):
-            raise InputError(f"redundant is {self.redundant!r}, but must be a whole number of at least 0")
-        sizes = (
-            "max_context",
-            "max_batch_tokens",
-            "max_batch_requests",
-            "chunk",
-            "page_size",
-            "cache_tokens",
-        )
-        for name in sizes:
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise InputError(f"{name} is {value!r}, but must be a whole number of at least 1")
-        if self.max_batch_tokens < self.max_batch_requests:
-            raise InputError(
-                f"max_batch_tokens {self.max_batch_tokens} is less than max_batch_requests "
-                f"{self.max_batch_requests}: every running request needs one token row a step"
-            )
-
-    def resolve(self, model: ModelConfig, free_bytes: int, ranks: int = 1) -> "EngineConfig":
-        """Fill in what is open. free_bytes: memory left for the caches of `ranks` ranks once the weights are in
-        place."""
-        dtype = self.dtype
-        if dtype == "auto":
-            dtype = "float32" if model.dtype == "float32" else "bfloat16"
-        max_context = self.max_context or model.max_position_embeddings
-        if max_context > model.max_position_embeddings:
-            raise InputError(
-                f"max_context {max_context} is more than the model's {model.max_position_embeddings} positions"
-            )
-        per_token = cache_bytes_per_token(model, dtype)
-        cache_tokens = self.cache_tokens
-        if cache_tokens is None:
-            # Enough for every running request at full length, but no more than half of what is free, nor more
-            # than 1 GiB in all (or 64 MiB a rank): pages are touched on first use, and a laptop has other work.
-            most = max((1 << 30) // ranks, 1 << 26)
-            wanted = min(max_context * self.max_batch_requests, most // per_token)
-            cache_tokens = max(self.page_size, min(wanted, free_bytes // ranks // 2 // per_token))
-        pages = -(-cache_tokens // self.page_size)
-        return replace(
-            self,
-            dtype=dtype,
-            max_context=min(max_context, pages * self.page_size),
-            cache_tokens=pages * self.page_size,
-            chunk=self.chunk or self.max_batch_tokens,
-        )
-
-
-def cache_bytes_per_token(model: ModelConfig, dtype: str) -> int:
-    """Bytes of the latent cache of one rank for one token."""
-    return model.num_hidden_layers * model.latent_dim * (4 if dtype == "float32" else 2)

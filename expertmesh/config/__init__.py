@@ -1,0 +1,6 @@
+"""What a model is, and how an engine runs it: both frozen."""
+
+from expertmesh.config.engine import EngineConfig, cache_bytes_per_token
+from expertmesh.config.model import ARCHITECTURES, ModelConfig, Yarn
+
+__all__ = ["ARCHITECTURES", "EngineConfig", "ModelConfig", "Yarn", "cache_bytes_per_token"]

@@ -1,0 +1,100 @@
+"""How one engine runs a model. Frozen: `resolve` returns a new one."""
+
+from dataclasses import dataclass, replace
+
+from expertmesh.config.model import ModelConfig, fits
+from expertmesh.errors import InputError
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How one engine runs. None means: worked out once by `resolve`, from the model and the memory.
+
+    dtype: what the weights are computed in; "auto" takes the checkpoint's.
+    max_context: longest request in tokens, prompt and output together.
+    max_batch_tokens: token rows of one step; at least max_batch_requests, so that decoding never starves.
+    max_batch_requests: requests that run at the same time; the others wait.
+    chunk: most prompt tokens of one request in one step (chunked prefill); None for no limit but the step's.
+    page_size: tokens in one page of the latent cache.
+    cache_tokens: tokens that the latent cache holds in all.
+    prefix_cache: whether requests share the pages of equal beginnings.
+    strict: refuse to start where an op would run on its reference.
+    Of several ranks: ranks: "threads" of this process, which share weights and start at once, or "processes" of this
+    machine. exchange: the algorithm that takes rows to their experts (`mesh.traffic`). redundant: slots of a layer
+    beyond one per expert, for replicas. timeout: seconds after which a process that does not answer has failed;
+    computing is no reason not to.
+    """
+
+    dtype: str = "auto"
+    max_context: int | None = None
+    max_batch_tokens: int = 2048
+    max_batch_requests: int = 64
+    chunk: int | None = None
+    page_size: int = 32
+    cache_tokens: int | None = None
+    prefix_cache: bool = True
+    strict: bool = False
+    ranks: str = "threads"
+    exchange: str = "two_tier"
+    redundant: int = 0
+    timeout: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise InputError(f"dtype {self.dtype!r} is not one of auto, float32, bfloat16")
+        if self.ranks not in ("threads", "processes"):
+            raise InputError(f"ranks {self.ranks!r} is not one of threads, processes")
+        if not fits(float, self.timeout) or self.timeout <= 0:
+            raise InputError(f"timeout is {self.timeout!r}, but must be a number of seconds above 0")
+        if not fits(int, self.redundant):
+            raise InputError(f"redundant is {self.redundant!r}, but must be a whole number of at least 0")
+        sizes = (
+            "max_context",
+            "max_batch_tokens",
+            "max_batch_requests",
+            "chunk",
+            "page_size",
+            "cache_tokens",
+        )
+        for name in sizes:
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise InputError(f"{name} is {value!r}, but must be a whole number of at least 1")
+        if self.max_batch_tokens < self.max_batch_requests:
+            raise InputError(
+                f"max_batch_tokens {self.max_batch_tokens} is less than max_batch_requests "
+                f"{self.max_batch_requests}: every running request needs one token row a step"
+            )
+
+    def resolve(self, model: ModelConfig, free_bytes: int, ranks: int = 1) -> "EngineConfig":
+        """Fill in what is open. free_bytes: memory left for the caches of `ranks` ranks once the weights are in
+        place."""
+        dtype = self.dtype
+        if dtype == "auto":
+            dtype = "float32" if model.dtype == "float32" else "bfloat16"
+        max_context = self.max_context or model.max_position_embeddings
+        if max_context > model.max_position_embeddings:
+            raise InputError(
+                f"max_context {max_context} is more than the model's {model.max_position_embeddings} positions"
+            )
+        per_token = cache_bytes_per_token(model, dtype)
+        cache_tokens = self.cache_tokens
+        if cache_tokens is None:
+            # Enough for every running request at full length, but no more than half of what is free, nor more
+            # than 1 GiB in all (or 64 MiB a rank): pages are touched on first use, and a laptop has other work.
+            most = max((1 << 30) // ranks, 1 << 26)
+            wanted = min(max_context * self.max_batch_requests, most // per_token)
+            cache_tokens = max(self.page_size, min(wanted, free_bytes // ranks // 2 // per_token))
+        pages = -(-cache_tokens // self.page_size)
+        return replace(
+            self,
+            dtype=dtype,
+            max_context=min(max_context, pages * self.page_size),
+            cache_tokens=pages * self.page_size,
+            chunk=self.chunk or self.max_batch_tokens,
+        )
+
+
+def cache_bytes_per_token(model: ModelConfig, dtype: str) -> int:
+    """Bytes of the latent cache of one rank for one token."""
+    return model.num_hidden_layers * model.latent_dim * (4 if dtype == "float32" else 2)
