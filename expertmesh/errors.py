@@ -1,4 +1,4 @@
-"""The one error that a user's input can cause."""
+"""What the engine raises on purpose: for input that cannot be used, and for a rank that has failed."""
 
 
 class InputError(ValueError):

@@ -1,5 +1,7 @@
 """One rank: nothing to say to anybody."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from expertmesh.comm.base import Received
@@ -24,7 +26,10 @@ class Alone:
     def reduce_scatter(self, rows: Tensor) -> Tensor:
         return rows
 
-    def all_gather_columns(self, part: Tensor) -> Tensor:
+    def gather_rows(self, mine: Tensor, wanted: Sequence[int]) -> Tensor:
+        return mine if list(wanted) == list(range(mine.shape[0])) else mine[list(wanted)]
+
+    def gather_columns(self, part: Tensor) -> Tensor | None:
         return part
 
     def dispatch(self, layer: int, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Received:

@@ -29,10 +29,10 @@ class ByteCount:
         """One exchange: sizes of the messages to `ranks`, and whether each was announced by a message of its own."""
         for table in (self.bytes, self.messages):
             table.setdefault(purpose, np.zeros(self.topology.ranks, dtype=np.int64))
-        for rank, size in zip(ranks, sizes, strict=True):
-            if rank != self.rank:
-                self.bytes[purpose][rank] += size + ANNOUNCEMENT * announced
-                self.messages[purpose][rank] += (size > 0) + announced
+        to, size = np.asarray(ranks), np.asarray(sizes, dtype=np.int64)
+        others = to != self.rank
+        self.bytes[purpose][to[others]] += size[others] + ANNOUNCEMENT * announced
+        self.messages[purpose][to[others]] += (size[others] > 0).astype(np.int64) + announced
 
     def across(self, purpose: Purpose) -> int:
         """Bytes to other nodes."""
@@ -97,8 +97,12 @@ class Group(Protocol):
         """Sum over the group of every rank's rows; each rank gets its own share of them."""
         ...
 
-    def all_gather_columns(self, part: Tensor) -> Tensor:
-        """The last axis put together from each rank's part."""
+    def gather_rows(self, mine: Tensor, wanted: Sequence[int]) -> Tensor:
+        """The group's rows of these numbers, in this order, from each rank's own."""
+        ...
+
+    def gather_columns(self, part: Tensor) -> Tensor | None:
+        """The last axis put together from each rank's part on the first rank; None on the others."""
         ...
 
 

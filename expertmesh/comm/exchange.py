@@ -66,7 +66,7 @@ class TieredExchange:
 
     def dispatch(self, layer: int, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Received:
         (rows, choices), (width, plain) = experts_TK.shape, (x_TD.shape[1], format_name(x_TD.dtype))
-        formats = self.how.formats("dispatch", plain)
+        formats = self.how.formats("dispatch", plain, self.comm.topology)
         held = Held(
             quantise(x_TD, formats[0]),
             torch.arange(rows).repeat_interleave(choices),
@@ -82,7 +82,7 @@ class TieredExchange:
         return Received(layer, x_RD, slots_RK, weights_RK, tuple(trail))
 
     def combine(self, y_RD: Tensor, received: Received) -> Tensor:
-        formats = self.how.formats("combine", format_name(y_RD.dtype))
+        formats = self.how.formats("combine", format_name(y_RD.dtype), self.comm.topology)
         stages = zip(self.how.hops, formats, received.trail, strict=True)
         for hop, form, record in reversed(list(stages)):
             assert isinstance(record, Record)

@@ -7,6 +7,7 @@ shares, and sums in the order of the ranks whatever the transport: results are t
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,11 +67,23 @@ class TPGroup:
             out += part.view(rows.dtype).view(out.shape)
         return out.to(rows.dtype)
 
-    def all_gather_columns(self, part: Tensor) -> Tensor:
-        data = _bytes(part)
-        sizes = [data.numel()] * len(self.ranks)
-        came = self.comm.exchange("attention", self.ranks, [data.flatten()] * len(self.ranks), sizes)
-        return torch.cat([c.view(part.dtype).view(part.shape) for c in came], dim=-1)
+    def gather_rows(self, mine: Tensor, wanted: Sequence[int]) -> Tensor:
+        ends = np.cumsum(self.counts)
+        owners = np.searchsorted(ends, wanted, side="right")
+        order = np.argsort(owners, kind="stable")  # what comes is in the order of the ranks
+        me = self.ranks.index(self.comm.rank)
+        first = int(ends[me]) - self.counts[me]
+        own = torch.from_numpy(np.asarray(wanted, dtype=np.int64)[owners == me] - first)
+        counts = np.bincount(owners, minlength=len(self.ranks)).tolist()
+        (came,) = TPGroup(self.comm, self.ranks, counts).all_gather(mine[own])
+        return came[torch.from_numpy(np.argsort(order))]
+
+    def gather_columns(self, part: Tensor) -> Tensor | None:
+        data, nothing = _bytes(part).flatten(), torch.empty(0, dtype=torch.uint8)
+        parts = [data if rank == self.ranks[0] else nothing for rank in self.ranks]
+        sizes = [data.numel() if self.leads else 0] * len(self.ranks)
+        came = self.comm.exchange("attention", self.ranks, parts, sizes)
+        return torch.cat([c.view(part.dtype).view(part.shape) for c in came], dim=-1) if self.leads else None
 
 
 def _bytes(rows: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Ranks as threads of one process: rows change hands without a copy."""
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,11 @@ from expertmesh.mesh.topology import Topology
 T = TypeVar("T")
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass
 class _Meeting:
     """Where the ranks of one group exchange. Two tables take turns: a rank can be one exchange ahead of the slowest,
@@ -23,16 +29,21 @@ class _Meeting:
     tables: tuple[dict[int, Sequence[Tensor]], dict[int, Sequence[Tensor]]] = field(
         default_factory=lambda: ({}, {})
     )
-    arrived: int = 0
     round: int = 0
-    wake: threading.Condition = field(default_factory=threading.Condition)
+    # One lock for each rank that waits, held until the last one has come.
+    waiting: dict[int, "threading.Lock"] = field(default_factory=dict)
 
 
 class LocalWorld:
-    """What the threads of one cluster share. `fail` ends every exchange that is under way, and all later ones."""
+    """What the threads of one cluster share. `fail` ends every exchange that is under way, and all later ones.
+
+    Only as many ranks compute at a time as there are cores (`turn`): every torch op lets go of the interpreter, and
+    with more threads than cores that are ready to take it, most of the time goes into handing it over.
+    """
 
     def __init__(self, topology: Topology, timeout: float) -> None:
         self.topology, self.timeout = topology, timeout
+        self.turn = threading.BoundedSemaphore(cores())
         self._lock = threading.Lock()
         self._meetings: dict[tuple[int, ...], _Meeting] = {}
         self._problem: str | None = None
@@ -41,12 +52,12 @@ class LocalWorld:
         return LocalComm(self, rank)
 
     def fail(self, problem: str) -> None:
-        self._problem = self._problem or problem
         with self._lock:
-            meetings = list(self._meetings.values())
-        for meeting in meetings:
-            with meeting.wake:
-                meeting.wake.notify_all()
+            self._problem = self._problem or problem
+            for meeting in self._meetings.values():
+                for lock in meeting.waiting.values():
+                    lock.release()
+                meeting.waiting.clear()
 
     def run(self, program: Callable[[Comm], T]) -> list[T]:
         """Call a program on every rank, each in a thread of its own. Returns what they return, in their order; where
@@ -56,7 +67,8 @@ class LocalWorld:
         def serve(rank: int) -> None:
             torch.set_num_threads(1)
             try:
-                results[rank] = program(self.comm(rank))
+                with self.turn:
+                    results[rank] = program(self.comm(rank))
             except BaseException as error:
                 results[rank] = error
                 if not isinstance(error, CommError):
@@ -76,25 +88,34 @@ class LocalWorld:
         return [r for r in results if not isinstance(r, BaseException)]
 
     def meet(self, ranks: tuple[int, ...], rank: int, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Put down my parts, wait for the others', take what is mine."""
+        """Put down my parts, wait for the others', take what is mine. Called by who has the turn, which others get
+        while it waits."""
+        mine: threading.Lock | None = None
         with self._lock:
-            meeting = self._meetings.setdefault(ranks, _Meeting(len(ranks)))
-        with meeting.wake:
-            turn = meeting.round
-            table = meeting.tables[turn % 2]
-            if not meeting.arrived:
-                table.clear()
-            table[rank] = parts
-            meeting.arrived += 1
-            if meeting.arrived == meeting.size:
-                meeting.arrived, meeting.round = 0, turn + 1
-                meeting.wake.notify_all()
-            while meeting.round == turn and self._problem is None:
-                if not meeting.wake.wait(self.timeout):
-                    late = ", ".join(str(r) for r in ranks if r not in table)
-                    self._problem = f"rank {late} did not come to an exchange within {self.timeout:g} s"
             if self._problem is not None:
                 raise CommError(self._problem)
+            meeting = self._meetings.setdefault(ranks, _Meeting(len(ranks)))
+            table = meeting.tables[meeting.round % 2]
+            if not meeting.waiting:
+                table.clear()
+            table[rank] = parts
+            if len(table) == meeting.size:
+                meeting.round += 1
+                for lock in meeting.waiting.values():
+                    lock.release()
+                meeting.waiting.clear()
+            else:
+                mine = meeting.waiting[rank] = threading.Lock()
+                mine.acquire()
+        if mine is not None:
+            self.turn.release()
+            came = mine.acquire(timeout=self.timeout)
+            if not came:
+                late = ", ".join(str(r) for r in ranks if r not in table)
+                self.fail(f"rank {late} did not come to an exchange within {self.timeout:g} s")
+            self.turn.acquire()
+            if len(table) < meeting.size:
+                raise CommError(self._problem or "an exchange was given up")
         me = ranks.index(rank)
         return [table[r][me] for r in ranks]
 

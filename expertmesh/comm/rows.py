@@ -52,13 +52,6 @@ def _blocks(x_TD: Tensor, form: Format) -> Tensor:
     return blocks
 
 
-def empty_rows(count: int, width: int, form: Format) -> Rows:
-    """No rows yet, but their types and shapes."""
-    return _carve_rows(torch.empty(rows_bytes(count, width, form), dtype=torch.uint8), 0, count, width, form)[
-        0
-    ]
-
-
 def pack_rows(rows: Rows, index: Tensor, form: Format) -> Tensor:
     """The rows at `index` as bytes."""
     width = rows[0].shape[1]

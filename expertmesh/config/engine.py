@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from expertmesh.config.model import ModelConfig, fits
 from expertmesh.errors import InputError
 
+LONGEST = 86_400  # seconds
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -44,8 +46,10 @@ class EngineConfig:
             raise InputError(f"dtype {self.dtype!r} is not one of auto, float32, bfloat16")
         if self.ranks not in ("threads", "processes"):
             raise InputError(f"ranks {self.ranks!r} is not one of threads, processes")
-        if not fits(float, self.timeout) or self.timeout <= 0:
-            raise InputError(f"timeout is {self.timeout!r}, but must be a number of seconds above 0")
+        if not fits(float, self.timeout) or not 0 < self.timeout <= LONGEST:
+            raise InputError(
+                f"timeout is {self.timeout!r}, but must be above 0 and at most {LONGEST} seconds"
+            )
         if not fits(int, self.redundant):
             raise InputError(f"redundant is {self.redundant!r}, but must be a whole number of at least 0")
         sizes = (
@@ -66,12 +70,16 @@ class EngineConfig:
                 f"{self.max_batch_requests}: every running request needs one token row a step"
             )
 
+    def dtype_of(self, model: ModelConfig) -> str:
+        """What the model is computed in."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "float32" if model.dtype == "float32" else "bfloat16"
+
     def resolve(self, model: ModelConfig, free_bytes: int, ranks: int = 1) -> "EngineConfig":
         """Fill in what is open. free_bytes: memory left for the caches of `ranks` ranks once the weights are in
         place."""
-        dtype = self.dtype
-        if dtype == "auto":
-            dtype = "float32" if model.dtype == "float32" else "bfloat16"
+        dtype = self.dtype_of(model)
         max_context = self.max_context or model.max_position_embeddings
         if max_context > model.max_position_embeddings:
             raise InputError(

@@ -117,7 +117,11 @@ class ModelConfig:
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelConfig":
         """Read config.json of a folder in the Hugging Face layout. InputError where it cannot be used."""
-        if not folder.exists():
+        try:
+            exists = folder.exists()
+        except OSError as error:  # a name that no folder can have
+            raise InputError(f"{folder}: {error.strerror}") from None
+        if not exists:
             raise InputError(
                 f"{folder}: no such folder; name a folder that holds config.json and *.safetensors"
             )

@@ -75,15 +75,17 @@ class PageCache:
             hashes.append(before)
         return pages, hashes
 
-    def known(self, tokens: Sequence[int]) -> int:
-        """How many of these tokens `match` would find."""
-        before, found = b"", 0
-        while self.prefix_cache and found + self.page_size < len(tokens):
-            before = hash_page(before, tokens[found : found + self.page_size])
-            if before not in self._page_of:
-                break
-            found += self.page_size
+    def names(self, tokens: Sequence[int]) -> list[bytes]:
+        """Of the pages that `match` looks for."""
+        found, before = [], b""
+        for start in range(0, len(tokens) - self.page_size if self.prefix_cache else 0, self.page_size):
+            before = hash_page(before, tokens[start : start + self.page_size])
+            found.append(before)
         return found
+
+    def known(self, names: Sequence[bytes]) -> int:
+        """How many of these pages are here, from the first on."""
+        return next((i for i, name in enumerate(names) if name not in self._page_of), len(names))
 
     def register(self, page: int, name: bytes) -> None:
         """This page is full and may be shared under this name; the first page of a name keeps it."""

@@ -68,7 +68,8 @@ class Engine:
 
     def check(self, tokens: Sequence[int], params: SamplingParams) -> None:
         """InputError where this request could not run."""
-        wrong = [t for t in tokens if not isinstance(t, int) or not 0 <= t < self.model.vocab_size]
+        vocabulary = range(self.model.vocab_size)
+        wrong = [t for t in tokens if not isinstance(t, int) or isinstance(t, bool) or t not in vocabulary]
         if wrong:
             raise InputError(f"token id {wrong[0]!r} is outside the vocabulary of {self.model.vocab_size}")
         if params.stop and self.tokenizer is None:
@@ -87,7 +88,8 @@ class Engine:
     ) -> Request:
         """Queue a request. InputError where it could not run, and then nothing has changed."""
         self.check(tokens, params)
-        request_id = request_id or f"r{next(self._ids)}"
+        if request_id is None:
+            request_id = next(key for n in self._ids if (key := f"r{n}") not in self._requests)
         if request_id in self._requests:
             raise InputError(f"request id {request_id!r} is in use")
         seed = fold_seed(params.seed) if params.seed is not None else secrets.randbits(63)
@@ -156,7 +158,7 @@ class Engine:
 
     def _eos_ids(self) -> set[int]:
         eos = self.generation.get("eos_token_id")
-        ids = set(eos) if isinstance(eos, list) else {eos} if isinstance(eos, int) else set()
+        ids = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
         ids |= set(self.model.eos_token_ids) if not ids else set()
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             ids.add(self.tokenizer.eos_token_id)
@@ -179,6 +181,11 @@ def _generation_config(folder: Path) -> dict[str, Any]:
         return {}
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from None
-    return data if isinstance(data, dict) else {}
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: holds a {type(data).__name__}, not an object")
+    eos = data.get("eos_token_id")
+    if not all(isinstance(token, int) for token in (eos if isinstance(eos, list) else [eos or 0])):
+        raise InputError(f"{path}: eos_token_id is {eos!r}, neither a token id nor a list of them")
+    return data

@@ -34,7 +34,10 @@ class Groups:
         """To the group with the fewest requests; of several to the one that knows most of its beginning."""
         fewest = min(s.requests for s in self.schedulers)
         idle = [s for s in self.schedulers if s.requests == fewest]
-        home = max(idle, key=lambda s: s.cache.known(request.tokens)) if len(idle) > 1 else idle[0]
+        home = idle[0]
+        if len(idle) > 1:
+            names = home.cache.names(request.tokens)
+            home = max(idle, key=lambda s: s.cache.known(names))
         home.add(request)
         self._home[request] = home
 

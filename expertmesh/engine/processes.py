@@ -1,7 +1,6 @@
 """Ranks as processes of this machine: the driver's side."""
 
 import contextlib
-import os
 import selectors
 import signal
 import time
@@ -16,8 +15,10 @@ from torch import Tensor
 from torch.distributed import TCPStore
 
 from expertmesh.comm.base import ByteCount
+from expertmesh.comm.local import cores
 from expertmesh.config import EngineConfig
 from expertmesh.engine.checkpoint import Checkpoint
+from expertmesh.engine.interrupts import held_back
 from expertmesh.engine.ranks import describe_rank, resolve_memory, sum_loads
 from expertmesh.engine.wire import BatchWriter, Plain, read_result
 from expertmesh.errors import RankFailure
@@ -54,18 +55,21 @@ class ProcessRanks:
         self._end = weakref.finalize(self, _end, self._processes, own)
         ranks = layout.topology.ranks
         # The store outlives every rank: it is the driver's.
-        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._store: TCPStore | None = store
         common = {
             "folder": str(checkpoint.folder.resolve()),
             "config": asdict(self.config),
             "layout": layout.to_plain(),
-            "port": self._store.port,
-            "threads": max(1, (os.cpu_count() or 1) // ranks),
+            "port": store.port,
+            "threads": max(1, cores() // ranks),
         }
         specs = [common | {"rank": rank} for rank in range(ranks)]
         try:
             program, environment = "expertmesh.engine.worker:serve_rank", {"GLOO_SOCKET_IFNAME": "lo"}
             self._processes += (server or own).start(program, specs, environment)  # type: ignore[union-attr]
+            for process in self._processes:
+                process.channel.bound_sending(self.config.timeout)
             self._gather("ready")
         except BaseException:
             self.close()
@@ -79,9 +83,11 @@ class ProcessRanks:
     def run(self, batches: Sequence[Batch]) -> list[StepResult]:
         self._steps += 1
         topology = self.layout.topology
-        written = [writer.write(batch) for writer, batch in zip(self._writers, batches, strict=True)]
-        messages = [{"do": "step", "batch": written[topology.group_of(r)]} for r in range(topology.ranks)]
-        answers = self._ask(messages)
+        with held_back():
+            written = [writer.write(batch) for writer, batch in zip(self._writers, batches, strict=True)]
+            answers = self._ask(
+                [{"do": "step", "batch": written[topology.group_of(r)]} for r in range(topology.ranks)]
+            )
         return [read_result(answer) for answer in answers[:: topology.tp]]
 
     def loads(self) -> dict[int, Tensor]:
@@ -103,39 +109,39 @@ class ProcessRanks:
     def close(self) -> None:
         self._failure = self._failure or "the engine is closed"
         self._end()
+        self._store = None
 
     def _ask(self, messages: Sequence[Plain]) -> list[Any]:
-        """One message to every rank, and every rank's answer."""
+        """One message to every rank, and every rank's answer. Whatever breaks in between ends the engine: ranks that
+        are not in the same step would answer something else the next time."""
         if self._failure is not None:
             raise RankFailure(self._failure)
-        for process, message in zip(self._processes, messages, strict=True):
-            try:
-                process.channel.send(message)
-            except ChannelClosed:
-                continue  # seen when its answer is read
-        return self._gather("done")
+        try:
+            for rank, (process, message) in enumerate(zip(self._processes, messages, strict=True)):
+                try:
+                    process.channel.send(message)
+                except ChannelClosed:
+                    if process.wait(1.0) is None:  # it lives, and does not read
+                        self._fail(rank, f"does not answer any more in {self._when}")
+            return self._gather("done")
+        except BaseException as error:
+            self._failure = self._failure or f"the engine was broken off in {self._when}: {error!r}"
+            raise
 
     def _gather(self, key: str) -> list[Any]:
         """The answer of every rank under this key. RankFailure, and an end of all ranks, where one has failed."""
         answers: dict[int, Any] = {}
         heard = dict.fromkeys(range(len(self._processes)), time.monotonic())
-        interrupted = False
         with selectors.DefaultSelector() as selector:
             for rank, process in enumerate(self._processes):
                 selector.register(process.channel, selectors.EVENT_READ, rank)
             while len(answers) < len(self._processes):
-                try:
-                    ready = selector.select(self.config.timeout / 4)
-                except KeyboardInterrupt:  # when all have answered: ranks are never in different steps
-                    interrupted = True
-                    continue
+                ready = selector.select(self.config.timeout / 4)
                 for event, _ in ready:
                     heard[event.data] = time.monotonic()
                     self._hear(event.data, key, answers)
                 if not ready:
                     self._ping(heard.keys() - answers.keys(), heard)
-        if interrupted:
-            raise KeyboardInterrupt
         return [answers[rank] for rank in range(len(self._processes))]
 
     def _hear(self, rank: int, key: str, answers: dict[int, Any]) -> None:
@@ -148,7 +154,7 @@ class ProcessRanks:
             answers[rank] = message[key]
         elif "failed" in message:
             if not message["cause"]:
-                self._find_cause(rank)
+                self._find_cause(rank, message["failed"], answers)
             self._fail(rank, f"failed in {self._when}: {message['failed']}")
 
     def _ping(self, waiting: Collection[int], heard: dict[int, float]) -> None:
@@ -162,12 +168,12 @@ class ProcessRanks:
             with contextlib.suppress(ChannelClosed):  # seen when its channel is read
                 self._processes[rank].channel.send({"do": "ping"})
 
-    def _find_cause(self, witness: int) -> None:
+    def _find_cause(self, witness: int, problem: str, answered: Collection[int]) -> NoReturn:
         """A collective of this rank has failed, because of another one as a rule: wait a moment to hear of that."""
+        quiet = set(range(len(self._processes))) - {witness} - set(answered)
         end = time.monotonic() + GRACE
-        others = [rank for rank in range(len(self._processes)) if rank != witness]
         with selectors.DefaultSelector() as selector:
-            for rank in others:
+            for rank in quiet:
                 selector.register(self._processes[rank].channel, selectors.EVENT_READ, rank)
             while (left := end - time.monotonic()) > 0:
                 for event, _ in selector.select(left):
@@ -177,6 +183,11 @@ class ProcessRanks:
                         self._fail(event.data, self._death(event.data))
                     if message.get("cause"):
                         self._fail(event.data, f"failed in {self._when}: {message['failed']}")
+                    if "failed" in message:
+                        quiet.discard(event.data)
+        if quiet:
+            self._fail(min(quiet), f"has been computing {self._when} for so long that the others gave up")
+        self._fail(witness, f"could not go on in {self._when}: {problem}")
 
     @property
     def _when(self) -> str:
@@ -201,7 +212,8 @@ def _end(processes: Sequence[Process], server: ForkServer | None) -> None:
     """End all ranks, by force where they do not listen, and then the server."""
     for process in processes:
         with contextlib.suppress(ChannelClosed):
-            process.channel.send({"do": "abort"})
+            process.channel.bound_sending(GRACE)
+            process.channel.send({"do": "end"})
     end = time.monotonic() + GRACE
     for process in processes:
         if process.wait(max(0.0, end - time.monotonic())) is None:

@@ -5,7 +5,7 @@ import socket
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -19,8 +19,9 @@ from expertmesh.comm.group import Clustered
 from expertmesh.comm.local import LocalWorld
 from expertmesh.config import EngineConfig, cache_bytes_per_token
 from expertmesh.engine.checkpoint import Checkpoint, check_memory, free_memory, load_ranks
+from expertmesh.engine.interrupts import held_back
 from expertmesh.engine.runner import Runner
-from expertmesh.errors import RankFailure
+from expertmesh.errors import InputError, RankFailure
 from expertmesh.kernels import Kernels
 from expertmesh.mesh.layout import Layout
 from expertmesh.model.deepseek import DeepSeek
@@ -78,41 +79,38 @@ class Ranks(Protocol):
 def resolve_memory(
     checkpoint: Checkpoint, config: EngineConfig, layout: Layout, kernels: Kernels, together: bool
 ) -> tuple[EngineConfig, Memory]:
-    """Settle the type and the size of the caches, before anything is loaded. together: whether the ranks share what
-    is the same. InputError where the model is larger than the memory of this machine."""
+    """Settle the size of the caches, before anything is loaded. together: whether the ranks share what is the same.
+    InputError where the model is larger than the memory of this machine."""
     model, topology = checkpoint.config, layout.topology
-    # "auto" follows the checkpoint; the caches' size, which depends on the weights, is settled after them.
-    dtype = config.resolve(model, 1 << 40).dtype
-    shared: dict[Hashable, Tensor] = {}
-    total = 0
-    for rank in range(topology.ranks):
-        shard = Shard.of(rank, topology, layout.placement)
-        held = shared if together else {}
-        DeepSeek(model, shard, kernels, New(TORCH_DTYPES[dtype], torch.device("meta"), held))
-        total += 0 if together else _bytes(held)
-    total = _bytes(shared) if together else total
+    if topology.ranks > MOST_RANKS:
+        raise InputError(f"{topology.ranks} ranks on one machine; at most {MOST_RANKS} are possible")
+    dtype = config.dtype_of(model)
+    shards = [Shard.of(rank, topology, layout.placement) for rank in range(topology.ranks)]
+    kinds = static_bytes(model, dtype, shards[0])  # all ranks have as many slots
+    weights = sum(kinds.values()) * topology.ranks
+    if together:
+        made: dict[Hashable, Tensor] = {}
+        for shard in shards:
+            DeepSeek(model, shard, kernels, New(TORCH_DTYPES[dtype], torch.device("meta"), made))
+        weights = sum(t.numel() * t.element_size() for t in made.values())
     free = free_memory()
-    check_memory(checkpoint.folder, total, free)
-    resolved = config.resolve(model, free - total, topology.ranks)
-    kinds = max(
-        (
-            static_bytes(model, dtype, Shard.of(r, topology, layout.placement))
-            for r in (0, topology.ranks - 1)
-        ),
-        key=lambda kinds: sum(kinds.values()),
-    )
+    check_memory(checkpoint.folder, weights, free)
+    resolved = config.resolve(model, free - weights, topology.ranks)
     cache = (resolved.cache_tokens or 0) * cache_bytes_per_token(model, dtype)
-    return resolved, Memory(kinds, cache, total)
+    if cache * topology.ranks > free - weights:
+        raise InputError(
+            f"a cache of {resolved.cache_tokens} tokens takes {cache * topology.ranks / 1e9:.1f} GB, and "
+            f"{(free - weights) / 1e9:.1f} GB are free beside the weights; lower cache_tokens or page_size"
+        )
+    return resolved, Memory(kinds, cache, weights)
 
 
-# A rank that computes for long is late at a collective without having failed; one that dies is seen otherwise. So only
-# a deadlock meets this bound, in time-outs.
+# A rank that computes for long is late at a collective without having failed; one that dies, or does not answer, is
+# seen otherwise. So only a deadlock meets this bound, in time-outs.
 PATIENCE = 40
+GRACE = 5.0  # seconds in which the cause of a failure shows, when others have seen its effect
+MOST_RANKS = 1024
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def _bytes(held: dict[Hashable, Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in held.values())
 
 
 def collectives_of(layout: Layout, comm: Comm) -> Collectives:
@@ -151,7 +149,8 @@ class ThreadRanks:
         load_ranks(
             checkpoint, [(r.model.weights(), s) for r, s in zip(self.runners, shards, strict=True)], progress
         )
-        self._steps, self._interrupted = 0, False
+        self._steps = 0
+        self._done_by: Collection[int] = ()
         self._failure: str | None = None
         self._done: queue.SimpleQueue[_Done] = queue.SimpleQueue()
         self._inboxes: list[queue.SimpleQueue[Batch | None]] = []
@@ -159,6 +158,7 @@ class ThreadRanks:
             self._start_threads()
 
     def _start_threads(self) -> None:
+        threads = torch.get_num_threads()
         for rank, runner in enumerate(self.runners):
             inbox: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
             self._inboxes.append(inbox)
@@ -166,6 +166,9 @@ class ThreadRanks:
             threading.Thread(target=_serve, args=arguments, name=f"rank {rank}", daemon=True).start()
         # The threads do not hold this object: they end with it.
         weakref.finalize(self, _end, self._inboxes)
+        for _ in self.runners:
+            self._done.get()
+        torch.set_num_threads(threads)  # of other threads of this process: the ranks have changed the default
 
     def run(self, batches: Sequence[Batch]) -> list[StepResult]:
         if self._failure is not None:
@@ -174,30 +177,49 @@ class ThreadRanks:
         if not self._inboxes:
             return [self.runners[0].run(batches[0])]
         topology = self.layout.topology
-        for rank, inbox in enumerate(self._inboxes):
-            inbox.put(batches[topology.group_of(rank)])
-        done = dict(self._collect() for _ in self._inboxes)
-        if self._interrupted:
-            self._interrupted = False
-            raise KeyboardInterrupt
-        failed = {rank: e for rank, e in done.items() if isinstance(e, BaseException)}
-        if failed:
-            # What others saw of it is not the cause.
-            rank = min(failed, key=lambda r: (isinstance(failed[r], CommError), r))
-            error = failed[rank]
-            cause = f"failed in step {self._steps}: {type(error).__name__}: {error}"
-            self._failure = f"{describe_rank(self.layout, rank)} {cause}"
-            raise RankFailure(self._failure) from error
+        try:
+            with held_back():
+                for rank, inbox in enumerate(self._inboxes):
+                    inbox.put(batches[topology.group_of(rank)])
+                done = self._collect()
+                self._check(done)
+        except KeyboardInterrupt:
+            if len(self._done_by) < topology.ranks:
+                self._failure = f"the engine was interrupted in the middle of step {self._steps}"
+            raise
         firsts = (done[rank] for rank in range(0, topology.ranks, topology.tp))
         return [result for result in firsts if isinstance(result, StepResult)]
 
-    def _collect(self) -> "_Done":
-        """The next rank's result. An interrupt waits until all are in: ranks are never in different steps."""
-        while True:
+    def _collect(self) -> "dict[int, StepResult | BaseException]":
+        """What every rank brought, or what came of it where one has failed: who hangs brings nothing."""
+        done: dict[int, StepResult | BaseException] = {}
+        self._done_by = done.keys()
+        failed = False
+        while len(done) < self.layout.topology.ranks:
             try:
-                return self._done.get()
-            except KeyboardInterrupt:
-                self._interrupted = True
+                rank, result = self._done.get(timeout=GRACE if failed else 1.0)
+            except queue.Empty:
+                if failed:
+                    break
+                continue  # a signal that another thread was given is seen here
+            done[rank] = result
+            failed = failed or isinstance(result, BaseException)
+        return done
+
+    def _check(self, done: "dict[int, StepResult | BaseException]") -> None:
+        """RankFailure where a rank has failed. What others saw of it is not the cause."""
+        failed = {rank: e for rank, e in done.items() if isinstance(e, BaseException)}
+        if not failed:
+            return
+        missing = [rank for rank in range(self.layout.topology.ranks) if rank not in done]
+        causes = [rank for rank, e in failed.items() if not isinstance(e, CommError)]
+        rank = min(causes or missing or failed)
+        error = failed.get(rank)
+        cause = f"failed in step {self._steps}: {type(error).__name__}: {error}"
+        if error is None:
+            cause = f"has been computing step {self._steps} for so long that the others gave up"
+        self._failure = f"{describe_rank(self.layout, rank)} {cause}"
+        raise RankFailure(self._failure) from error
 
     @property
     def pids(self) -> list[int]:
@@ -232,9 +254,12 @@ def _serve(
 ) -> None:
     """One rank's thread. The cores are shared by the ranks, not by the threads of an op."""
     torch.set_num_threads(1)
+    done.put((rank, StepResult()))  # started
     while (batch := inbox.get()) is not None:
         try:
-            done.put((rank, runner.run(batch)))
+            with world.turn:
+                result = runner.run(batch)
+            done.put((rank, result))
         except BaseException as error:
             if not isinstance(error, CommError):
                 world.fail(f"rank {rank} failed: {error}")

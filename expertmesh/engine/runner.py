@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from expertmesh.kernels import AttentionRows, Rotary
 from expertmesh.kernels.types import Prefill, rotary_table
 from expertmesh.model.deepseek import DeepSeek
 from expertmesh.model.step import Loads, Step
-from expertmesh.request import Batch, Slice, StepResult
+from expertmesh.request import Batch, Request, StepResult
 
 
 class Runner:
@@ -35,33 +36,28 @@ class Runner:
         self.cos, self.sin = rotary_table(model.config, config.max_context or 1)
         self.loads = Loads()
 
-    @property
-    def cache_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.cache)
-
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepResult:
         """Compute my share of the TP group's batch; choose a token for each request whose known tokens are all
         computed. Every rank of the group gets the batch, the first one gives the results."""
         group = self.collectives.group(batch.rows)
         step = self._step(batch, group)
-        (hidden_TD,) = group.all_gather(self.model(step))
+        x_TD = self.model(step)
+        sampling, judged = _asked(batch)
+        # Of all rows only those leave their rank whose logits somebody asked for.
+        wanted = [row for row, _ in sampling] + [row for j in judged for row in j.rows]
+        rows = group.gather_rows(x_TD, wanted)
         result = StepResult()
-        wanted, last_rows, first = [], [], 0
-        for part in batch.slices:
-            if part.start < part.request.prompt_length and part.request.params.prompt_logprobs is not None:
-                found = self._prompt_logprobs(part, hidden_TD[first : first + part.count], step)
-                result.prompt_logprobs[part.request.id] = found
-            first += part.count
-            if part.samples:
-                wanted.append(part.request)
-                last_rows.append(first - 1)
-        if wanted:
-            rows = hidden_TD if len(last_rows) == hidden_TD.shape[0] else hidden_TD[last_rows]
-            logits = self.model.head(rows, step)
-            if group.leads:
-                chosen = sampler.sample(logits, wanted)
-                result.sampled.update({r.id: token for r, token in zip(wanted, chosen, strict=True)})
+        if sampling:
+            logits = self.model.head(rows[: len(sampling)], step)
+            if logits is not None:
+                requests = [request for _, request in sampling]
+                chosen = sampler.sample(logits, requests)
+                result.sampled.update({r.id: token for r, token in zip(requests, chosen, strict=True)})
+        first = len(sampling)
+        for j in judged:
+            result.prompt_logprobs[j.request.id] = self._judge(j, rows[first : first + len(j.rows)], step)
+            first += len(j.rows)
         return result
 
     def _step(self, batch: Batch, group: Group) -> Step:
@@ -107,19 +103,41 @@ class Runner:
         interleaved = self.model.config.rope_interleave
         return Rotary(self.cos[positions_T, None], self.sin[positions_T, None], interleaved)
 
-    def _prompt_logprobs(self, part: Slice, hidden_TD: Tensor, step: Step) -> list[dict[int, float] | None]:
-        """What the model thought of each prompt token that follows a row of this slice."""
-        request = part.request
+    def _judge(self, judged: "_Judged", rows: Tensor, step: Step) -> list[dict[int, float] | None]:
+        """What the model thought of the prompt tokens that follow these rows."""
         # Nothing comes before the first token.
-        found: list[dict[int, float] | None] = [None] if part.start == 0 else []
-        following = request.tokens[part.start + 1 : min(part.start + part.count + 1, request.prompt_length)]
-        count = request.params.prompt_logprobs or 0
-        for first in range(0, len(following), PROMPT_LOGPROBS_ROWS):
-            chosen = following[first : first + PROMPT_LOGPROBS_ROWS]
-            logits = self.model.head(hidden_TD[first : first + len(chosen)], step)
-            if step.tp.leads:
+        found: list[dict[int, float] | None] = [None] if judged.begins else []
+        count = judged.request.params.prompt_logprobs or 0
+        for first in range(0, len(judged.following), PROMPT_LOGPROBS_ROWS):
+            chosen = judged.following[first : first + PROMPT_LOGPROBS_ROWS]
+            logits = self.model.head(rows[first : first + len(chosen)], step)
+            if logits is not None:
                 found += sampler.top_logprobs(logits, chosen, [count] * len(chosen))
         return found
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """Prompt tokens of one request that follow rows of this step, and those rows. begins: the first token is there."""
+
+    request: Request
+    begins: bool
+    rows: range
+    following: list[int]
+
+
+def _asked(batch: Batch) -> tuple[list[tuple[int, Request]], list[_Judged]]:
+    """The rows of a batch whose logits are wanted: of requests that sample, and of prompts that are judged."""
+    sampling, judged, first = [], [], 0
+    for part in batch.slices:
+        request, length = part.request, part.request.prompt_length
+        if request.params.prompt_logprobs is not None and part.start < length:
+            following = request.tokens[part.start + 1 : min(part.start + part.count + 1, length)]
+            judged.append(_Judged(request, part.start == 0, range(first, first + len(following)), following))
+        first += part.count
+        if part.samples:
+            sampling.append((first - 1, request))
+    return sampling, judged
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -4,7 +4,7 @@ The driver's `BatchWriter` and a rank's `BatchReader` keep the same picture of e
 that is written is read.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from expertmesh.request import Batch, Request, Sampled, SamplingParams, Slice, StepResult
@@ -43,17 +43,27 @@ class BatchWriter:
         if known.preemptions != request.preemptions:
             known.pages, known.preemptions = 0, request.preemptions
             message |= {"restart": True}
-        message |= {"tokens": request.tokens[known.tokens :], "pages": request.pages[known.pages :]}
-        known.tokens, known.pages = len(request.tokens), len(request.pages)
+        # The rows of this step and the token after them, which prompt_logprobs judge.
+        end = max(known.tokens, min(len(request.tokens), part.start + part.count + 1))
+        message |= {"tokens": request.tokens[known.tokens : end], "pages": request.pages[known.pages :]}
+        known.tokens, known.pages = end, len(request.pages)
         return message
 
 
+FLOATS = (
+    "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
+)  # fmt: skip
+COUNTS = ("top_k", "logprobs", "prompt_logprobs")
+
+
 def _head(request: Request) -> Plain:
-    return {
-        "prompt_length": request.prompt_length,
-        "seed": request.seed,
-        "params": asdict(request.params),
-    }
+    """What a runner and its sampler read of a request; when it ends is the scheduler's matter."""
+    params = request.params
+    counts = {name: getattr(params, name) for name in COUNTS}
+    # Above every vocabulary, and within what a message holds.
+    counts["top_k"] = min(params.top_k, 1 << 32)
+    floats = {name: float(getattr(params, name)) for name in FLOATS}
+    return {"prompt_length": request.prompt_length, "seed": request.seed, "params": floats | counts}
 
 
 class BatchReader:

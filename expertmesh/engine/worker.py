@@ -23,25 +23,23 @@ from expertmesh.model.deepseek import DeepSeek
 from expertmesh.model.layers import New
 from expertmesh.weights import Shard
 
-ABORTED = 3  # exit status of a rank that ends because another has failed
+ENDED = 3  # exit status of a rank that the driver has ended
 
 
 def serve_rank(spec: Plain, channel: Channel) -> None:
-    """Compute steps until the channel says stop. A failure is told to the driver, which ends all ranks."""
+    """Compute steps until the driver ends this process. A failure is told to it, and it ends all ranks."""
     torch.set_num_threads(spec["threads"])
     inbox: queue.SimpleQueue[Plain] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(channel, inbox), daemon=True).start()
     try:
         rank = _Rank(spec)
         channel.send({"ready": True})
-        while (message := inbox.get())["do"] != "stop":
-            channel.send({"done": rank.obey(message)})
-        rank.close()
+        while True:
+            channel.send({"done": rank.obey(inbox.get())})
     except BaseException as error:
         text = f"{type(error).__name__}: {error}" if not isinstance(error, CommError) else str(error)
         channel.send({"failed": text, "cause": not isinstance(error, CommError)})
-        inbox.get()  # the driver ends this process, when it has heard all ranks
-    channel.send({"stopped": True})
+        inbox.get()  # until the driver ends this process
 
 
 def _listen(channel: Channel, inbox: "queue.SimpleQueue[Plain]") -> None:
@@ -53,9 +51,9 @@ def _listen(channel: Channel, inbox: "queue.SimpleQueue[Plain]") -> None:
                 channel.send({"pong": True})
                 continue
         except ChannelClosed:  # the driver has ended
-            os._exit(ABORTED)
-        if message["do"] == "abort":
-            os._exit(ABORTED)
+            os._exit(ENDED)
+        if message["do"] == "end":
+            os._exit(ENDED)
         inbox.put(message)
 
 
@@ -93,6 +91,3 @@ class _Rank:
                 return None
             case other:
                 raise ValueError(f"no such message: {other}")
-
-    def close(self) -> None:
-        self._comm.close()

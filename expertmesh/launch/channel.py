@@ -36,6 +36,13 @@ class Channel:
         self._limit = min(limit, MAX_MESSAGE)
         self._sending = threading.Lock()
 
+    def bound_sending(self, seconds: float) -> None:
+        """From now on a message that the other side does not take for so long is given up, and the channel closed."""
+        whole, rest = divmod(seconds, 1)
+        self._socket.setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(whole), int(rest * 1e6))
+        )
+
     def send(self, message: object, descriptors: Sequence[int] = ()) -> None:
         """Send a message, and behind it copies of open descriptors (AF_UNIX only), which the other side must take
         with `receive_descriptors`.

@@ -30,11 +30,13 @@ class Layout:
         """As plain data, for other processes."""
         p = self.placement
         placement = {"slots": p.slots_LRS.tolist(), "experts": p.experts, "layers": list(p.layers)}
+        placement["slots_per_rank"] = p.slots_per_rank
         return {"topology": asdict(self.topology), "placement": placement, "how": self.how.name}
 
     @staticmethod
     def from_plain(data: dict[str, Any]) -> "Layout":
         p, topology = data["placement"], Topology(**data["topology"])
-        # The shape is given: without layers there is nothing to see it from.
-        slots = np.array(p["slots"], dtype=np.int64).reshape(len(p["layers"]), topology.ranks, -1)
+        # A model without experts has no layers here to see the shape from.
+        shape = (len(p["layers"]), topology.ranks, p["slots_per_rank"])
+        slots = np.array(p["slots"], dtype=np.int64).reshape(shape)
         return Layout(topology, Placement(slots, p["experts"], tuple(p["layers"])), algorithm(data["how"]))

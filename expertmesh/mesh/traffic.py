@@ -64,10 +64,12 @@ class Algorithm:
     dispatch: str | None = None
     combine: str | None = None
 
-    def formats(self, phase: Phase, plain: str) -> list[Format]:
-        """Of each hop. What was quantised to leave the node is handed on inside the next as it is; results are
-        quantised once, when they leave the node that computed them."""
-        first = FORMATS[(self.dispatch if phase == "dispatch" else self.combine) or plain]
+    def formats(self, phase: Phase, plain: str, topology: Topology) -> list[Format]:
+        """Of each hop. All rows are quantised alike, wherever their experts are, unless there is one node only. What
+        was quantised to leave the node is handed on inside the next as it is; results are quantised once, when they
+        leave the node that computed them."""
+        quantised = self.dispatch if phase == "dispatch" else self.combine
+        first = FORMATS[(quantised if topology.nodes > 1 else None) or plain]
         rest = first if phase == "dispatch" else FORMATS[plain]
         return [first, *[rest] * (len(self.hops) - 1)]
 
@@ -150,8 +152,8 @@ def traffic(
     dispatch, combine = np.zeros((2, ranks, ranks), dtype=np.int64)
     # What a rank holds at this stage: for each choice its row (numbered in the rank) and its slot.
     held = [(np.repeat(np.arange(len(s)), s.shape[1]), s.ravel()) for s in slots_by_rank]
-    there = how.formats("dispatch", plain)
-    back = how.formats("combine", plain)
+    there = how.formats("dispatch", plain, topology)
+    back = how.formats("combine", plain, topology)
     for hop, form, form_back in zip(how.hops, there, back, strict=True):
         coming: list[list[tuple[NDArray[np.int64], Ints]]] = [[] for _ in range(ranks)]
         for rank, (rows, slots) in enumerate(held):

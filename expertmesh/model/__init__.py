@@ -1,1 +1,1 @@
-"""The model in the order of the paper. It sees its own rows and names four collectives; ranks live behind `Step`."""
+"""The model in the order of the paper. It sees its own rows and names collectives; ranks live behind `Step`."""

@@ -75,8 +75,10 @@ class Head:
     def __init__(self, weight_VD: Tensor) -> None:
         self.weight = weight_VD
 
-    def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
-        return step.tp.all_gather_columns(linear(x_TD, self.weight)).float()
+    def __call__(self, x_TD: Tensor, step: Step) -> Tensor | None:
+        """On the group's first rank, which samples; the others send it their part."""
+        logits = step.tp.gather_columns(linear(x_TD, self.weight))
+        return None if logits is None else logits.float()
 
 
 class DenseFFN:

@@ -29,8 +29,6 @@ class MLA:
         self.o = new("o", c.hidden_size, self.heads * c.v_head_dim, part=part)
         self.a_bias = new("a_bias", self.a.shape[0]) if c.attention_bias else None
         self.o_bias = new("o_bias", c.hidden_size) if c.attention_bias else None
-        if self.a_bias is not None and not c.q_lora_rank:
-            self.a_bias.zero_()
 
     def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
         k, cache = self.kernels, step.cache[self.layer]

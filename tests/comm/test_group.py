@@ -25,6 +25,7 @@ def test_collectives_of_a_group(rows: int, size: int, dtype: torch.dtype) -> Non
     other = torch.randn(2, rows, 3, generator=generator).to(dtype)
     partial = torch.randn(2, size, rows, 4, generator=generator).to(dtype)
     counts = shares(rows, size)
+    wanted = torch.randint(max(rows, 1), (2 * rows,), generator=generator).tolist()
 
     def program(comm: Comm) -> tuple[torch.Tensor, ...]:
         node, me = divmod(comm.rank, size)
@@ -34,13 +35,16 @@ def test_collectives_of_a_group(rows: int, size: int, dtype: torch.dtype) -> Non
         mine = slice(first, first + counts[me])
         gathered = group.all_gather(every[node][mine], other[node][mine])
         summed = group.reduce_scatter(partial[node, me])
-        columns = group.all_gather_columns(every[node][:, 2 * me : 2 * me + 2])
-        return (*gathered, summed, columns)
+        columns = group.gather_columns(every[node][:, 2 * me : 2 * me + 2])
+        assert (columns is None) == (me > 0)
+        some = group.gather_rows(every[node][mine], wanted)
+        return (*gathered, summed, some, columns if columns is not None else gathered[0])
 
-    for rank, (a, b, summed, columns) in enumerate(world.run(program)):
+    for rank, (a, b, summed, some, columns) in enumerate(world.run(program)):
         node, me = divmod(rank, size)
         assert torch.equal(a, every[node]) and torch.equal(b, other[node])
         mine = slice(sum(counts[:me]), sum(counts[: me + 1]))
         torch.testing.assert_close(summed, partial[node].float().sum(0)[mine].to(dtype))
         wide = torch.cat([every[node][:, 2 * i : 2 * i + 2] for i in range(size)], dim=1)
-        assert torch.equal(columns, wide)
+        assert torch.equal(columns, wide if me == 0 else every[node])
+        assert torch.equal(some, every[node][wanted])

@@ -13,12 +13,14 @@ import pytest
 
 from expertmesh import LLM, SamplingParams, Topology
 from expertmesh.engine.processes import PRELOAD, ProcessRanks
-from expertmesh.engine.worker import ABORTED
+from expertmesh.engine.worker import ENDED
 from expertmesh.errors import RankFailure
 from expertmesh.launch.forkserver import ForkServer
+from tests.support.files import TINY, random_checkpoint
 from tests.support.reference import Pair, check_outputs, engine, greedy, prompts_for
 
 PairOf = Callable[[str], Pair]
+SHORT = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
 LONG = SamplingParams(max_tokens=400, temperature=0, ignore_eos=True)
 
 
@@ -138,7 +140,7 @@ def test_a_rank_that_raises_is_named_with_what_it_raised(llm: LLM) -> None:
     ):
         ranks._ask([step, {"do": "nonsense"}, step, step])
     wait_until_gone(processes)
-    assert {p.poll() for p in ranks._processes} == {ABORTED}
+    assert {p.poll() for p in ranks._processes} == {ENDED}
 
 
 def test_a_stopped_rank_is_named_when_it_has_not_answered_for_long(
@@ -196,3 +198,39 @@ def test_a_rank_that_computes_for_longer_than_the_timeout_has_not_failed(
         time.sleep(3)
         ranks._processes[0].channel.send(step)
         assert len(ranks._gather("done")) == 2
+
+
+@pytest.mark.parametrize(
+    "changes", [{"n_routed_experts": 0, "n_shared_experts": 0}, {"first_k_dense_replace": 2}]
+)
+@pytest.mark.parametrize("ranks", ["threads", "processes"])
+def test_a_model_without_expert_layers(
+    changes: dict[str, int], ranks: str, tmp_path: Path, fork_server: ForkServer
+) -> None:
+    random_checkpoint(tmp_path, TINY | changes)
+    expected = LLM(tmp_path).generate([[5, 6, 7]], SHORT)[0].token_ids
+    with LLM(tmp_path, topology=Topology(2, 2, 2), ranks=ranks, fork_server=fork_server) as llm:
+        assert llm.generate([[5, 6, 7]], SHORT)[0].token_ids == expected
+        assert llm.engine.ranks.loads() == {}
+
+
+def test_parameters_of_any_size_harm_nobody(llm: LLM) -> None:
+    large = 10**25
+    odd = SamplingParams(
+        max_tokens=large, temperature=large, top_k=large, seed=1 << 70, stop_token_ids=(large, *range(280))
+    )
+    (output,) = llm.generate([[5, 6]], odd)
+    assert output.finish_reason == "stop" and len(llm.generate([[5]], SHORT)[0].token_ids) == 4
+
+
+def test_a_rank_that_does_not_read_is_named(tiny_folder: Path, fork_server: ForkServer) -> None:
+    """A message larger than the socket's buffers, to a rank that is stopped."""
+    with LLM(
+        tiny_folder, topology=Topology(1, 2), ranks="processes", timeout=1, fork_server=fork_server
+    ) as llm:
+        ranks, processes = llm.engine.ranks, pids(llm)
+        assert isinstance(ranks, ProcessRanks)
+        os.kill(processes[1], signal.SIGSTOP)
+        with pytest.raises(RankFailure, match=r"rank 1 .* does not answer any more"):
+            ranks._ask([{"do": "reset", "padding": bytes(20_000_000)}] * 2)
+        wait_until_gone(processes)

@@ -103,8 +103,46 @@ def test_more_ranks_than_memory_are_refused_before_anything_starts(tmp_path: Pat
         (Topology(2, 2), {"redundant": 100}, "100 redundant slots"),
         (Topology(2, 2), {"redundant": -1}, "redundant is -1"),
         (Topology(2, 2), {"timeout": 0}, "timeout is 0"),
+        (Topology(2, 2), {"timeout": 1e10}, "timeout is 1"),
+        (Topology(40, 40), {}, "1600 ranks on one machine"),
     ],
 )
 def test_bad_input(tiny_folder: Path, topology: Topology, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         LLM(tiny_folder, topology=topology, **options)
+
+
+def test_a_rank_that_hangs_is_named_when_the_others_give_up(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expertmesh.engine.ranks.PATIENCE", 1)
+    monkeypatch.setattr("expertmesh.engine.ranks.GRACE", 0.5)
+    with LLM(tiny_folder, topology=Topology(2, 2, 1), timeout=0.5) as llm:
+        ranks, go = llm.engine.ranks, threading.Event()
+        assert isinstance(ranks, ThreadRanks)
+        run = ranks.runners[3].run
+
+        def hang(batch: Any) -> Any:
+            ranks._world.turn.release()
+            go.wait(60)
+            ranks._world.turn.acquire()
+            return run(batch)
+
+        monkeypatch.setattr(ranks.runners[3], "run", hang)
+        with pytest.raises(RankFailure, match=r"rank 3 .* has been computing step 1 for so long"):
+            llm.generate([[5, 6]], SamplingParams(max_tokens=2))
+        go.set()
+
+
+def test_other_threads_keep_their_number_of_threads(tiny_folder: Path) -> None:
+    torch.set_num_threads(2)
+    try:
+        with LLM(tiny_folder, topology=Topology(2, 2)) as llm:
+            llm.generate([[5]], SamplingParams(max_tokens=2))
+            found: list[int] = []
+            thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+            thread.start()
+            thread.join()
+            assert found == [2] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)

@@ -5,16 +5,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertmesh.engine.cache import PageCache
+from expertmesh.engine.sampler import fold_seed
 from expertmesh.engine.scheduler import Scheduler
-from expertmesh.engine.wire import BatchReader, BatchWriter, read_result, write_result
+from expertmesh.engine.wire import COUNTS, FLOATS, BatchReader, BatchWriter, read_result, write_result
 from expertmesh.request import Batch, Request, Sampled, SamplingParams, StepResult
 from tests.support.fake import FakeModel, request_of
+
+
+def read(params: SamplingParams) -> list[object]:
+    """The parameters that runners and samplers read."""
+    return [getattr(params, name) for name in (*FLOATS, *COUNTS)]
 
 
 def told(batch: Batch) -> list[object]:
     """All that a runner reads of a batch."""
     return [
-        (p.start, p.count, r.id, r.tokens, r.pages, r.prompt_length, r.params, r.seed)
+        (
+            p.start,
+            p.count,
+            r.id,
+            r.tokens[: p.start + p.count + 1],
+            r.pages,
+            r.prompt_length,
+            read(r.params),
+            r.seed,
+        )
         for p in batch.slices
         for r in [p.request]
     ]
@@ -62,7 +77,21 @@ def test_parameters_arrive_whole() -> None:
     batch = scheduler.schedule()
     message = msgpack.unpackb(msgpack.packb(BatchWriter().write(batch)))
     (part,) = BatchReader().read(message).slices
-    assert part.request.params == params and part.request.seed == -(1 << 63)
+    assert read(part.request.params) == read(params) and part.request.seed == -(1 << 63)
+
+
+def test_parameters_of_any_size_are_sent() -> None:
+    """Whatever SamplingParams accepts: a message that cannot be packed would leave the two sides apart."""
+    large = 10**25
+    params = SamplingParams(
+        max_tokens=large, temperature=large, top_k=large, repetition_penalty=large, seed=large, stop=("\ud800",),
+        stop_token_ids=(large,),
+    )  # fmt: skip
+    scheduler = Scheduler(PageCache(4, 4), 8, 8, 8, 16)
+    scheduler.add(Request("x", [1, 2, 3], 3, params, fold_seed(large)))
+    message = msgpack.unpackb(msgpack.packb(BatchWriter().write(scheduler.schedule())))
+    (part,) = BatchReader().read(message).slices
+    assert part.request.params.temperature == 1e25 and part.request.params.top_k > 1 << 20
 
 
 def test_results_arrive_whole() -> None:

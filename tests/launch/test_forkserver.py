@@ -238,7 +238,7 @@ def test_what_a_process_finds() -> None:
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
     try:
-        server = ForkServer(preload=("tests.launch.programs", "numpy"))
+        server = ForkServer(preload=("tests.launch.programs", "torch", "numpy"))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         signal.signal(signal.SIGCHLD, before)
