@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from expertmesh.config import EngineConfig
 from expertmesh.engine.engine import Engine
@@ -119,23 +119,37 @@ class LLM:
 
     def _step(self) -> None:
         for output in self.engine.step():
-            self._inboxes[output.request_id.partition("-")[0]].append(output)
+            inbox = self._inboxes.get(output.request_id.partition("-")[0])
+            if inbox is not None:  # else somebody gave it to the engine directly
+                inbox.append(output)
 
     def tokens(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, special tokens and chat template applied."""
-        if isinstance(prompt, str):
-            if self.engine.tokenizer is None:
-                raise InputError(f"{self.folder}: has no tokenizer.json, so prompts must be token ids")
-            return self.engine.tokenizer.encode(prompt)
-        if prompt and isinstance(prompt[0], Mapping):
-            if self.engine.tokenizer is None:
-                raise InputError(f"{self.folder}: has no tokenizer.json, so prompts must be token ids")
-            return self.engine.tokenizer.chat(prompt)  # type: ignore[arg-type]
-        return list(prompt)  # type: ignore[arg-type]
+        form = _form(prompt)
+        if form == "ids":
+            return list(prompt)  # type: ignore[arg-type]
+        if self.engine.tokenizer is None:
+            raise InputError(f"{self.folder}: has no tokenizer.json, so prompts must be token ids")
+        if form == "text":
+            return self.engine.tokenizer.encode(prompt)  # type: ignore[arg-type]
+        return self.engine.tokenizer.chat(prompt)  # type: ignore[arg-type]
+
+
+def _form(prompt: object) -> Literal["text", "ids", "chat"]:
+    """What kind of prompt this is. InputError where it is none."""
+    if isinstance(prompt, str):
+        return "text"
+    if isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
+        if all(isinstance(item, int) for item in prompt):
+            return "ids"
+        if all(isinstance(item, Mapping) for item in prompt):
+            return "chat"
+    raise InputError(f"a prompt must be a text, token ids or chat messages, not {str(prompt)[:60]!r}")
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or several: a text, a list of numbers and a list of messages are one."""
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int | Mapping)):
+    many = isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes)
+    if not many or (prompts and isinstance(prompts[0], int | Mapping)):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]

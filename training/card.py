@@ -127,7 +127,7 @@ def card(
         "| Step | Main loss | MTP loss | Learning rate | Busiest expert / mean, per MoE layer (MTP last) |",
         "|---|---|---|---|---|",
     ]
-    marks = sorted({50, 100, 200, *range(0, steps, max(100, round(steps / 10, -2)))} - {0} | {steps})
+    marks = sorted({50, 100, 200, *range(0, steps, max(100, steps // 1000 * 100))} - {0} | {steps})
     for mark in marks:
         window = [record for record in log if mark - 20 < record["step"] <= mark]
         if window:

@@ -51,7 +51,8 @@ class ExpertMesh:
         self.engine = LLM(folder, dtype=dtype, topology=topology, prefix_cache=False, **options).engine
 
     def peak_rss(self) -> int:
-        """Of all ranks; pages that processes share count once."""
+        """Of this process at most, and of the ranks that are processes of their own what they hold at the end, pages
+        that they share counted once."""
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return own + sum(psutil.Process(pid).memory_full_info().pss for pid in self.engine.ranks.pids)
 

@@ -3,9 +3,11 @@
 Experts are replaced by their weights alone, so that what comes back is known: each row times the sum of its weights.
 """
 
+import selectors
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,10 +20,11 @@ from expertmesh.comm.exchange import TieredExchange
 from expertmesh.comm.local import LocalWorld
 from expertmesh.comm.process import ProcessComm
 from expertmesh.engine.checkpoint import free_memory
-from expertmesh.errors import InputError
+from expertmesh.engine.ranks import MOST_RANKS
+from expertmesh.errors import InputError, RankFailure
 from expertmesh.kernels import Routing
 from expertmesh.kernels.reference import route
-from expertmesh.launch.channel import Channel
+from expertmesh.launch.channel import Channel, ChannelClosed
 from expertmesh.launch.forkserver import ForkServer
 from expertmesh.mesh.placement import Placement, default_placement
 from expertmesh.mesh.topology import Topology
@@ -50,12 +53,15 @@ class Workload:
     def check(self) -> None:
         """InputError where this cannot be run."""
         for name in self.__dataclass_fields__:
-            if getattr(self, name) < (name not in ("redundant", "seed")):
-                raise InputError(f"{name} is {getattr(self, name)}, but must be at least 1")
-        if self.experts % self.groups or self.groups_per_token > self.groups:
-            raise InputError(
-                f"{self.groups_per_token} of {self.groups} groups of {self.experts} experts: cannot be"
-            )
+            low = int(name not in ("redundant", "seed"))
+            if not low <= getattr(self, name) <= 1 << 31:
+                raise InputError(f"{name} is {getattr(self, name)}, but must be from {low} to {1 << 31}")
+        if self.experts % self.groups:
+            raise InputError(f"{self.groups} groups do not divide {self.experts} experts")
+        if self.groups_per_token > self.groups:
+            raise InputError(f"{self.groups_per_token} groups a token, but there are {self.groups}")
+        if self.topology.ranks > MOST_RANKS:
+            raise InputError(f"{self.topology.ranks} ranks on one machine; at most {MOST_RANKS} are possible")
         if self.experts_per_token > self.experts // self.groups * self.groups_per_token:
             raise InputError(
                 f"{self.groups_per_token} groups hold fewer than {self.experts_per_token} experts"
@@ -67,12 +73,13 @@ class Workload:
                 f"{self.topology.ranks} ranks with {self.tokens} rows each need about {wanted / 1e9:.1f} GB, and "
                 f"{free / 1e9:.1f} GB are free here; take fewer ranks, tokens or hidden"
             )
+        _ = self.placement  # refuses what has no room
 
     @property
     def topology(self) -> Topology:
         return Topology(self.nodes, self.cards, 1)
 
-    @property
+    @cached_property
     def placement(self) -> Placement:
         return default_placement(self.experts, [0], self.topology, self.redundant)
 
@@ -138,8 +145,7 @@ def _meet(comm: Comm) -> None:
 def bench_exchange(workload: Workload, names: Sequence[str], processes: bool) -> dict[str, Any]:
     """The report of `expertmesh bench exchange`; bytes against `flat`, which is always measured."""
     names = list(dict.fromkeys(["flat", *names]))
-    for name in names:
-        algorithm(name)
+    predicted = {name: predict(workload, name) for name in names}
     ranks = _as_processes(workload, names) if processes else _as_threads(workload, names)
     topology = workload.topology
     nodes = np.arange(topology.ranks) // topology.cards_per_node
@@ -148,7 +154,6 @@ def bench_exchange(workload: Workload, names: Sequence[str], processes: bool) ->
     def across(name: str, phase: str) -> int:
         return int(np.array([rank[name]["bytes"][phase] for rank in ranks])[crosses].sum())
 
-    predicted = {name: predict(workload, name) for name in names}
     counted = {name: _phases(across(name, "dispatch"), across(name, "combine")) for name in names}
     base = counted["flat"]["total"]
     return {
@@ -211,7 +216,22 @@ def _as_processes(workload: Workload, names: Sequence[str]) -> list[dict[str, An
     with ForkServer(("torch", "numpy", "expertmesh.bench.exchange")) as server:
         program = "expertmesh.bench.exchange:serve_rank"
         processes = server.start(program, specs, {"GLOO_SOCKET_IFNAME": "lo"})
-        return [process.channel.receive() for process in processes]
+        found: dict[int, dict[str, Any]] = {}
+        with selectors.DefaultSelector() as selector:
+            for rank, process in enumerate(processes):
+                selector.register(process.channel, selectors.EVENT_READ, rank)
+            while len(found) < len(processes):
+                for event, _ in selector.select():
+                    rank = event.data
+                    try:
+                        found[rank] = processes[rank].channel.receive()
+                    except ChannelClosed:
+                        status = processes[rank].wait(1.0)
+                        raise RankFailure(
+                            f"rank {rank} ended with status {status} before it was done"
+                        ) from None
+                    selector.unregister(processes[rank].channel)
+        return [found[rank] for rank in range(len(processes))]
 
 
 def serve_rank(spec: dict[str, Any], channel: Channel) -> None:

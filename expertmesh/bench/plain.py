@@ -29,6 +29,6 @@ def write_plain_copy(checkpoint: Checkpoint, folder: Path, dtype: str) -> Path:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     data = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
     data.pop("quantization_config", None)
-    data["torch_dtype"] = dtype
+    data["torch_dtype"] = data["dtype"] = dtype
     (folder / "config.json").write_text(json.dumps(data), encoding="utf-8")
     return folder

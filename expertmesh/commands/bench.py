@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from expertmesh.bench.engine import PREFILL
 from expertmesh.bench.exchange import Workload, bench_exchange
 from expertmesh.bench.perplexity import perplexities
 from expertmesh.bench.plain import write_plain_copy
@@ -121,12 +122,19 @@ def bench_engine(args: argparse.Namespace) -> dict[str, Any]:
     folder = Path(args.model) if args.model else demo_model()
     model = ModelConfig.from_folder(folder)
     checkpoint = open_checkpoint(folder, model)
-    dtype = EngineConfig(dtype=args.dtype).resolve(model, 1 << 40).dtype
+    options = given_cluster(args)
+    config = EngineConfig(dtype=args.dtype, **options)
+    dtype = config.dtype_of(model)
     threads = args.threads or torch.get_num_threads()
+    if threads < 1:
+        raise InputError("--threads must be at least 1")
+    if model.max_position_embeddings <= PREFILL:
+        raise InputError(
+            f"{folder}: the model has {model.max_position_embeddings} positions; measuring takes {PREFILL + 1}"
+        )
     engines = ["expertmesh"]
-    topology = given_topology(args)
-    options = given_cluster(args) | {"topology": asdict(topology)}
-    Layout.of(model, topology, options.get("exchange", "two_tier"), options.get("redundant", 0))
+    topology = Layout.of(model, given_topology(args), config.exchange, config.redundant).topology
+    options |= {"topology": asdict(topology)}
     if not args.alone and importlib.util.find_spec("transformers") is not None:
         engines.append("transformers")
     with tempfile.TemporaryDirectory(prefix="expertmesh-bench-") as scratch:
@@ -149,7 +157,13 @@ def bench_engine(args: argparse.Namespace) -> dict[str, Any]:
             ]
             runs[name].append(_in_own_process(list(map(str, fields))))
     medians = {name: _median(found) for name, found in runs.items()}
-    report = {"model": folder.name, "dtype": dtype, "threads": threads, "rounds": args.rounds, **medians}
+    report = {
+        "model": folder.resolve().name,
+        "dtype": dtype,
+        "threads": threads,
+        "rounds": args.rounds,
+        **medians,
+    }
     if "transformers" in medians:
         report["ratios"] = _ratios(medians["expertmesh"], medians["transformers"])
     return report

@@ -9,7 +9,9 @@ import psutil
 import torch
 
 from expertmesh.commands.options import PROMPTS, add_model, describe_layout, load_llm
+from expertmesh.errors import InputError
 from expertmesh.llm import LLM
+from expertmesh.request import SamplingParams
 
 CHAT = "Please tell me a short fairy tale."
 BARS = " ▁▂▃▄▅▆▇█"
@@ -17,11 +19,11 @@ BARS = " ▁▂▃▄▅▆▇█"
 
 @dataclass
 class Part:
-    """What one domain's text took: tokens, seconds, and rows per expert, [layers, E]."""
+    """What one domain's text took: tokens, seconds, and rows per expert of each layer that has any."""
 
     tokens: int
     seconds: float
-    load_LE: torch.Tensor
+    loads: list[torch.Tensor]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    SamplingParams(
+        max_tokens=args.max_tokens, seed=args.seed
+    )  # wrong values are refused before anything is loaded
     start = time.perf_counter()
     with load_llm(args) as llm:
         _show(llm, time.perf_counter() - start, args)
@@ -40,8 +45,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(llm: LLM, loaded: float, args: argparse.Namespace) -> None:
+    if llm.engine.tokenizer is None:
+        raise InputError(f"{llm.folder}: has no tokenizer.json, so it cannot write")
     parts = {name: _write(llm, name, prompt, args) for name, prompt in PROMPTS.items()}
-    if llm.engine.tokenizer is not None and llm.engine.tokenizer.has_chat_template:
+    if llm.engine.tokenizer.has_chat_template:
         parts["chat"] = _write(llm, "chat", CHAT, args)
     _report(llm, loaded, parts)
 
@@ -57,7 +64,7 @@ def _write(llm: LLM, name: str, prompt: str, args: argparse.Namespace) -> Part:
         tokens = len(output.token_ids)
     print("\n")
     seconds = time.perf_counter() - start
-    return Part(tokens, seconds, torch.stack(list(llm.engine.ranks.loads().values())))
+    return Part(tokens, seconds, list(llm.engine.ranks.loads().values()))
 
 
 def _report(llm: LLM, loaded: float, parts: dict[str, Part]) -> None:
@@ -80,10 +87,13 @@ def _report(llm: LLM, loaded: float, parts: dict[str, Part]) -> None:
         f"memory   weights {memory.weights / 1e6:.1f} MB, cache {memory.cache / 1e6:.1f} MB "
         f"({engine.config.cache_tokens} tokens), process {rss / 1e6:.0f} MB"
     )
-    print("experts  rows per expert, summed over layers; max/mean of a layer, averaged over layers")
+    if config.moe_layers:
+        print("experts  rows per expert, summed over layers; max/mean of a layer, averaged over layers")
     for name, part in parts.items():
-        skew = (part.load_LE.amax(1) / part.load_LE.float().mean(1)).mean()
-        print(f"  {name:12} {_sparkline(part.load_LE.sum(0))} {skew:.2f}")
+        if part.loads:
+            load_LE = torch.stack(part.loads)
+            skew = (load_LE.amax(1) / load_LE.float().mean(1)).mean()
+            print(f"  {name:12} {_sparkline(load_LE.sum(0))} {skew:.2f}")
 
 
 def _sparkline(values: torch.Tensor) -> str:

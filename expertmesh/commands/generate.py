@@ -63,7 +63,7 @@ def _generate(llm: LLM, args: argparse.Namespace, prompts: list[Prompt], params:
 def _prompts(args: argparse.Namespace) -> list[Prompt]:
     prompts: list[Prompt] = []
     for text in args.prompt or ():
-        given = sys.stdin.read() if text == "-" else text
+        given = _standard_input() if text == "-" else text
         prompts.append([{"role": "user", "content": given}] if args.chat else given)
     for ids in args.token_ids or ():
         try:
@@ -73,6 +73,13 @@ def _prompts(args: argparse.Namespace) -> list[Prompt]:
     if not prompts:
         raise InputError("no prompt: give -p TEXT (repeatable, - for standard input) or --token-ids 1,2,3")
     return prompts
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not a text in {error.encoding}: {error.reason}") from None
 
 
 def _shown(args: argparse.Namespace, prompts: list[Prompt]) -> list[Any]:

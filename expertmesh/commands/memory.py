@@ -30,7 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     folder = Path(args.model) if args.model else demo_model()
     model = ModelConfig.from_folder(folder)
-    dtype = EngineConfig(dtype=args.dtype).resolve(model, 1 << 40).dtype
+    dtype = EngineConfig(dtype=args.dtype).dtype_of(model)
+    if args.layout and (args.nodes or args.cards or args.attention_tp):
+        raise InputError(
+            "--layout takes the place of --nodes, --cards and --attention-tp; give one or the other"
+        )
     topologies = [_parse(text) for text in args.layout or ()] or [given_topology(args)]
     layouts = [_examine(model, dtype, topology, args.redundant) for topology in topologies]
     report = {

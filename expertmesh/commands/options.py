@@ -127,7 +127,11 @@ def describe_memory(llm: LLM) -> str:
     """Static memory of a rank by kind, in a line."""
     memory = llm.engine.ranks.memory
     kinds = ", ".join(f"{kind} {size / 1e6:.2f}" for kind, size in sorted(memory.kinds.items()) if size)
-    return f"MB a rank: weights {memory.weights / 1e6:.2f} ({kinds}), cache {memory.cache / 1e6:.1f}"
+    tokens, context = llm.engine.config.cache_tokens, llm.engine.config.max_context
+    return (
+        f"MB a rank: weights {memory.weights / 1e6:.2f} ({kinds}), "
+        f"cache {memory.cache / 1e6:.1f} ({tokens} tokens, a request up to {context})"
+    )
 
 
 def describe_traffic(llm: LLM) -> str:
