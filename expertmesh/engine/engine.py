@@ -11,6 +11,7 @@ from expertmesh.config import EngineConfig, ModelConfig
 from expertmesh.engine.cache import PageCache
 from expertmesh.engine.checkpoint import open_checkpoint
 from expertmesh.engine.groups import Groups
+from expertmesh.engine.interrupts import held_back
 from expertmesh.engine.processes import ProcessRanks
 from expertmesh.engine.ranks import Ranks, ThreadRanks
 from expertmesh.engine.sampler import fold_seed
@@ -110,11 +111,12 @@ class Engine:
 
     def step(self) -> list[Output]:
         """One step of the engine: every running request gets its rows. Returns what got a token or ended."""
-        batches = self.scheduler.schedule()
-        if not any(batch.slices for batch in batches):
-            return []
-        results = self.ranks.run(batches)
-        return [self._output(request) for request in self.scheduler.update(batches, results)]
+        with held_back():
+            batches = self.scheduler.schedule()
+            if not any(batch.slices for batch in batches):
+                return []
+            results = self.ranks.run(batches)
+            return [self._output(request) for request in self.scheduler.update(batches, results)]
 
     def close(self) -> None:
         """End all ranks; nothing can be computed any more."""

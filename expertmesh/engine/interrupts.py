@@ -9,8 +9,8 @@ from types import FrameType
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """SIGINT in this block takes effect at its end: an interrupt in the middle of a step would leave ranks in
-    different ones. A second SIGINT does not wait; then nobody knows where the ranks are."""
+    """SIGINT in this block takes effect at its end: an interrupt in the middle of a step would leave requests half
+    updated, and ranks in different steps. A second SIGINT does not wait; then nobody knows where the ranks are."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield

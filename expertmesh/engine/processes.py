@@ -18,7 +18,6 @@ from expertmesh.comm.base import ByteCount
 from expertmesh.comm.local import cores
 from expertmesh.config import EngineConfig
 from expertmesh.engine.checkpoint import Checkpoint
-from expertmesh.engine.interrupts import held_back
 from expertmesh.engine.ranks import describe_rank, resolve_memory, sum_loads
 from expertmesh.engine.wire import BatchWriter, Plain, read_result
 from expertmesh.errors import RankFailure
@@ -83,11 +82,10 @@ class ProcessRanks:
     def run(self, batches: Sequence[Batch]) -> list[StepResult]:
         self._steps += 1
         topology = self.layout.topology
-        with held_back():
-            written = [writer.write(batch) for writer, batch in zip(self._writers, batches, strict=True)]
-            answers = self._ask(
-                [{"do": "step", "batch": written[topology.group_of(r)]} for r in range(topology.ranks)]
-            )
+        written = [writer.write(batch) for writer, batch in zip(self._writers, batches, strict=True)]
+        answers = self._ask(
+            [{"do": "step", "batch": written[topology.group_of(r)]} for r in range(topology.ranks)]
+        )
         return [read_result(answer) for answer in answers[:: topology.tp]]
 
     def loads(self) -> dict[int, Tensor]:

@@ -19,7 +19,6 @@ from expertmesh.comm.group import Clustered
 from expertmesh.comm.local import LocalWorld
 from expertmesh.config import EngineConfig, cache_bytes_per_token
 from expertmesh.engine.checkpoint import Checkpoint, check_memory, free_memory, load_ranks
-from expertmesh.engine.interrupts import held_back
 from expertmesh.engine.runner import Runner
 from expertmesh.errors import InputError, RankFailure
 from expertmesh.kernels import Kernels
@@ -178,15 +177,14 @@ class ThreadRanks:
             return [self.runners[0].run(batches[0])]
         topology = self.layout.topology
         try:
-            with held_back():
-                for rank, inbox in enumerate(self._inboxes):
-                    inbox.put(batches[topology.group_of(rank)])
-                done = self._collect()
-                self._check(done)
+            for rank, inbox in enumerate(self._inboxes):
+                inbox.put(batches[topology.group_of(rank)])
+            done = self._collect()
         except KeyboardInterrupt:
             if len(self._done_by) < topology.ranks:
                 self._failure = f"the engine was interrupted in the middle of step {self._steps}"
             raise
+        self._check(done)
         firsts = (done[rank] for rank in range(0, topology.ranks, topology.tp))
         return [result for result in firsts if isinstance(result, StepResult)]
 

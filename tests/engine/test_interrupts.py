@@ -5,11 +5,13 @@ import random
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from expertmesh import LLM, RankFailure, SamplingParams, Topology
 from expertmesh.engine.interrupts import held_back
+from expertmesh.engine.ranks import ThreadRanks
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 
@@ -80,19 +82,14 @@ def test_a_second_interrupt_in_a_step_ends_the_engine(
 ) -> None:
     """Nobody knows where its ranks are."""
     with LLM(tiny_folder, topology=Topology(1, 2)) as llm:
-        go = threading.Event()
-        run = llm.engine.ranks.runners[1].run  # type: ignore[attr-defined]
+        ranks = llm.engine.ranks
+        assert isinstance(ranks, ThreadRanks)
 
-        def slow(batch: object) -> object:
-            for _ in range(2):
-                os.kill(os.getpid(), signal.SIGINT)
-                go.wait(0.5)  # two at once are one
-            go.wait(60)
-            return run(batch)
+        def interrupted(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
 
-        monkeypatch.setattr(llm.engine.ranks.runners[1], "run", slow)  # type: ignore[attr-defined]
-        with pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(ranks, "_done", SimpleNamespace(get=interrupted))
             llm.generate([[5]], GREEDY)
-        go.set()
         with pytest.raises(RankFailure, match="interrupted in the middle of step 1"):
             llm.generate([[5]], GREEDY)
