@@ -5,7 +5,8 @@ Signatures and shapes are documented in `table`, semantics in `reference`.
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad, scaled_dot_product_attention, silu
+from torch.nn.functional import linear as torch_linear
+from torch.nn.functional import pad, scaled_dot_product_attention, silu
 from torch.nn.functional import rms_norm as torch_rms_norm
 
 from expertmesh.kernels.reference import LATENT_EPS
@@ -14,6 +15,26 @@ from expertmesh.kernels.types import AttentionRows, Prefill, Rotary
 # Below this size the weights of all experts are cheap to read, hit or not, next to the calls that reading only
 # the hit ones would take.
 SMALL_EXPERTS_BYTES = 8 << 20
+
+
+# From two rows to this many, a CPU is a third faster with the weights as the first factor of a bfloat16 product.
+FEW_ROWS = 64
+
+
+def linear(x_TD: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not _weights_first(x_TD):
+        return torch_linear(x_TD, weight, bias)
+    y = torch.mm(weight, x_TD.t()).t()
+    return y if bias is None else y + bias
+
+
+def _weights_first(x_TD: Tensor) -> bool:
+    return x_TD.dtype == torch.bfloat16 and x_TD.device.type == "cpu" and 2 <= x_TD.shape[0] <= FEW_ROWS
+
+
+def swiglu(x_TD: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = linear(x_TD, gate_up).chunk(2, dim=-1)
+    return linear(silu(gate).mul_(up), down)
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -156,7 +177,14 @@ def _experts_batched(
     """One product over all slots, each padded to the rows of the fullest: exact, since padding is not read back."""
     starts = torch.tensor([0, *counts[:-1]], device=x_RD.device).cumsum(0)
     place = torch.arange(rows.shape[0], device=x_RD.device) - starts[slots]
-    x = x_RD.new_zeros(len(counts), max(counts), x_RD.shape[1])
+    most, width = max(counts), x_RD.shape[1]
+    # As in `linear`; and what comes out is gathered anyway, so that its order costs nothing.
+    if x_RD.dtype == torch.bfloat16 and most <= 4 * FEW_ROWS and x_RD.device.type == "cpu":
+        x = x_RD.new_zeros(len(counts), width, most)
+        x[slots, :, place] = x_RD[rows]
+        gate, up = torch.bmm(gate_up_SID, x).chunk(2, dim=1)
+        return torch.bmm(down_SDI, silu(gate).mul_(up))[slots, :, place]
+    x = x_RD.new_zeros(len(counts), most, width)
     x[slots, place] = x_RD[rows]
     gate, up = torch.bmm(x, gate_up_SID.transpose(1, 2)).chunk(2, dim=-1)
     return torch.bmm(silu(gate).mul_(up), down_SDI.transpose(1, 2))[slots, place]

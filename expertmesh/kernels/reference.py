@@ -5,12 +5,17 @@ Signatures and shapes are documented in `table`.
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear as torch_linear
+from torch.nn.functional import silu
 
 from expertmesh.kernels.types import AttentionRows, Rotary, Routing
 
 # The norms of the two latents have this epsilon in DeepSeek's code whatever rms_norm_eps says.
 LATENT_EPS = 1e-6
+
+
+def linear(x_TD: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch_linear(x_TD, weight, bias)
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:

@@ -19,6 +19,12 @@ from expertmesh.kernels.types import AttentionRows, Rotary, Routing
 __all__ = ["AttentionRows", "Kernels", "Rotary", "Routing", "kernels_for"]
 
 
+class Linear(Protocol):
+    """x [T, D] times weight [X, D], transposed, plus bias [X]. Returns [T, X], in any order in memory."""
+
+    def __call__(self, x_TD: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
+
+
 class MlaDown(Protocol):
     """Norm and low-rank projections of my rows: the half of the MLA prologue before the TP group's gather.
 
@@ -80,6 +86,7 @@ class Experts(Protocol):
 class Kernels:
     """One implementation per op."""
 
+    linear: Linear
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     swiglu: Callable[[Tensor, Tensor, Tensor], Tensor]
     mla_down: MlaDown

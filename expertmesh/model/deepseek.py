@@ -31,7 +31,8 @@ class DeepSeek:
         self.head = Head(
             self.embedding.weight
             if config.tie_word_embeddings
-            else new("head", *self.embedding.weight.shape, part=shard.tp_rank)
+            else new("head", *self.embedding.weight.shape, part=shard.tp_rank),
+            kernels,
         )
 
     def __call__(self, step: Step) -> Tensor:

@@ -5,7 +5,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from expertmesh.kernels import Kernels
 from expertmesh.model.step import Step
@@ -72,12 +72,12 @@ class Embedding:
 class Head:
     """Logits of rows that the whole TP group has, float32 [T, vocabulary]. The vocabulary is split over the group."""
 
-    def __init__(self, weight_VD: Tensor) -> None:
-        self.weight = weight_VD
+    def __init__(self, weight_VD: Tensor, kernels: Kernels) -> None:
+        self.weight, self.kernels = weight_VD, kernels
 
     def __call__(self, x_TD: Tensor, step: Step) -> Tensor | None:
         """On the group's first rank, which samples; the others send it their part."""
-        logits = step.tp.gather_columns(linear(x_TD, self.weight))
+        logits = step.tp.gather_columns(self.kernels.linear(x_TD, self.weight))
         return None if logits is None else logits.float()
 
 

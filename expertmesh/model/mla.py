@@ -1,7 +1,6 @@
 """Multi-head latent attention (DeepSeek-V2, section 2.1), heads split over the TP group."""
 
 from torch import Tensor
-from torch.nn.functional import linear
 
 from expertmesh.config import ModelConfig
 from expertmesh.kernels import Kernels
@@ -41,7 +40,7 @@ class MLA:
             q_N, q_P, step.rows, cache, self.kv_b, self.config.softmax_scale, self.config.v_head_dim
         )
         # The bias is added once, by the first rank, before the sum over the group.
-        return step.tp.reduce_scatter(linear(out, self.o, self.o_bias if self.first_tp_rank else None))
+        return step.tp.reduce_scatter(k.linear(out, self.o, self.o_bias if self.first_tp_rank else None))
 
     def weights(self) -> Destinations:
         q_lora = self.config.q_lora_rank or 0
