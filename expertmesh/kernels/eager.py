@@ -12,8 +12,8 @@ from torch.nn.functional import rms_norm as torch_rms_norm
 from expertmesh.kernels.reference import LATENT_EPS
 from expertmesh.kernels.types import AttentionRows, Prefill, Rotary
 
-# Below this size the weights of all experts are cheap to read, hit or not, next to the calls that reading only
-# the hit ones would take.
+# Below this size the weights of all experts are cheap to read, hit or not, next to the calls that reading only the hit
+# ones would take.
 SMALL_EXPERTS_BYTES = 8 << 20
 
 
@@ -142,8 +142,8 @@ def _later(prefill: Prefill, device: torch.device) -> Tensor:
 def experts(
     x_RD: Tensor, slots_RK: Tensor, weights_RK: Tensor, gate_up_SID: Tensor, down_SDI: Tensor
 ) -> Tensor:
-    """Pairs of a row and a slot, sorted by slot; one matrix product per hit slot, or one batched product over all
-    slots where rows are few."""
+    """Pairs of a row and a slot, sorted by slot; one matrix product per hit slot, or one batched product over many
+    slots where that wastes little."""
     choices = slots_RK.shape[1]
     flat = slots_RK.flatten()
     slots = gate_up_SID.shape[0]
@@ -154,7 +154,7 @@ def experts(
     y_PD = x_RD.new_zeros(flat.shape[0], x_RD.shape[1])
     if mine.shape[0]:
         rows = mine // choices
-        if _batching_pays(counts, gate_up_SID, down_SDI):
+        if _padding_pays(counts):
             y = _experts_batched(x_RD, rows, flat[mine], counts, gate_up_SID, down_SDI)
         else:
             y = _experts_one_by_one(x_RD[rows], counts, gate_up_SID, down_SDI)
@@ -163,31 +163,53 @@ def experts(
     return torch.bmm(weights, y_PD.view(-1, choices, x_RD.shape[1])).squeeze(1)
 
 
-def _batching_pays(counts: list[int], gate_up_SID: Tensor, down_SDI: Tensor) -> bool:
-    hit = sum(c > 0 for c in counts)
-    padded, pairs = len(counts) * max(counts), sum(counts)
+def _padding_pays(counts: list[int]) -> bool:
+    """Whether giving every slot as many rows as the fullest costs less than a call for each."""
+    padded, pairs = sum(c > 0 for c in counts) * max(counts), sum(counts)
+    return padded <= 2048 or padded <= 2 * pairs
+
+
+def _runs(counts: list[int], gate_up_SID: Tensor, down_SDI: Tensor) -> list[range]:
+    """Neighbouring slots whose weights are read by one call: all of them, or only those that are hit."""
     size = (gate_up_SID.numel() + down_SDI.numel()) * gate_up_SID.element_size()
-    few_wasted = size <= SMALL_EXPERTS_BYTES or hit * 2 >= len(counts)
-    return few_wasted and (padded <= 2048 or padded <= 2 * pairs)
+    hit = [slot for slot, count in enumerate(counts) if count]
+    if size <= SMALL_EXPERTS_BYTES or len(hit) * 4 >= 3 * len(counts):
+        return [range(len(counts))]
+    ends = [i + 1 for i, slot in enumerate(hit) if slot + 1 not in hit[i + 1 : i + 2]]
+    return [range(hit[a], hit[b - 1] + 1) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def _experts_batched(
     x_RD: Tensor, rows: Tensor, slots: Tensor, counts: list[int], gate_up_SID: Tensor, down_SDI: Tensor
 ) -> Tensor:
-    """One product over all slots, each padded to the rows of the fullest: exact, since padding is not read back."""
+    """One product over each run of slots, each slot padded to the rows of the fullest: exact, since padding is not
+    read back."""
+    runs = _runs(counts, gate_up_SID, down_SDI)
     starts = torch.tensor([0, *counts[:-1]], device=x_RD.device).cumsum(0)
     place = torch.arange(rows.shape[0], device=x_RD.device) - starts[slots]
+    here = torch.zeros(len(counts), dtype=torch.int64)  # where a slot is among those of the runs
+    taken = torch.cat([torch.arange(run.start, run.stop) for run in runs])
+    here[taken] = torch.arange(taken.shape[0])
+    at = here.to(x_RD.device)[slots]
     most, width = max(counts), x_RD.shape[1]
-    # As in `linear`; and what comes out is gathered anyway, so that its order costs nothing.
-    if x_RD.dtype == torch.bfloat16 and most <= 4 * FEW_ROWS and x_RD.device.type == "cpu":
-        x = x_RD.new_zeros(len(counts), width, most)
-        x[slots, :, place] = x_RD[rows]
-        gate, up = torch.bmm(gate_up_SID, x).chunk(2, dim=1)
-        return torch.bmm(down_SDI, silu(gate).mul_(up))[slots, :, place]
-    x = x_RD.new_zeros(len(counts), most, width)
-    x[slots, place] = x_RD[rows]
-    gate, up = torch.bmm(x, gate_up_SID.transpose(1, 2)).chunk(2, dim=-1)
-    return torch.bmm(silu(gate).mul_(up), down_SDI.transpose(1, 2))[slots, place]
+    # The weights first, as in `linear`: what comes out is gathered anyway, so that its order costs nothing.
+    x = x_RD.new_zeros(taken.shape[0], width, most)
+    x[at, :, place] = x_RD[rows]
+    gate, up = _over_runs(gate_up_SID, x, runs).chunk(2, dim=1)
+    return _over_runs(down_SDI, silu(gate).mul_(up), runs)[at, :, place]
+
+
+def _over_runs(weights_SXD: Tensor, x_SDM: Tensor, runs: list[range]) -> Tensor:
+    """Each slot's weights times its columns, [slots of the runs, X, M]."""
+    if len(runs) == 1:
+        return torch.bmm(weights_SXD[runs[0].start : runs[0].stop], x_SDM)
+    out = x_SDM.new_empty(x_SDM.shape[0], weights_SXD.shape[1], x_SDM.shape[2])
+    first = 0
+    for run in runs:
+        part = slice(first, first + len(run))
+        torch.bmm(weights_SXD[run.start : run.stop], x_SDM[part], out=out[part])
+        first += len(run)
+    return out
 
 
 def _experts_one_by_one(x_PD: Tensor, counts: list[int], gate_up_SID: Tensor, down_SDI: Tensor) -> Tensor:
