@@ -1,6 +1,6 @@
 """What a model is, and how an engine runs it: both frozen."""
 
 from expertmesh.config.engine import EngineConfig, cache_bytes_per_token
-from expertmesh.config.model import ARCHITECTURES, ModelConfig, Yarn
+from expertmesh.config.model import ARCHITECTURES, ModelConfig, Yarn, read_object
 
-__all__ = ["ARCHITECTURES", "EngineConfig", "ModelConfig", "Yarn", "cache_bytes_per_token"]
+__all__ = ["ARCHITECTURES", "EngineConfig", "ModelConfig", "Yarn", "cache_bytes_per_token", "read_object"]

@@ -130,12 +130,7 @@ class ModelConfig:
             raise InputError(
                 f"{folder}: there is no config.json in it, so this is not a model in the Hugging Face layout"
             )
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: not valid JSON ({error})") from None
-        if not isinstance(data, dict):
-            raise InputError(f"{path}: holds a {type(data).__name__}, not an object")
+        data = read_object(path)
         return cls.from_dict(data, str(path))
 
     @classmethod
@@ -201,6 +196,17 @@ class ModelConfig:
             wrong.append(f"rope_theta is {self.rope_theta}, but must be above 1")
         if wrong:
             raise InputError(f"{where}: {'; '.join(wrong)}")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. InputError where it holds none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: holds a {type(data).__name__}, not an object")
+    return data
 
 
 # Fields that are not taken from the file as they are.

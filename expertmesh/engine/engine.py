@@ -1,13 +1,12 @@
 """The step loop: schedule, run, update, detokenise."""
 
 import itertools
-import json
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from expertmesh.config import EngineConfig, ModelConfig
+from expertmesh.config import EngineConfig, ModelConfig, read_object
 from expertmesh.engine.cache import PageCache
 from expertmesh.engine.checkpoint import open_checkpoint
 from expertmesh.engine.groups import Groups
@@ -181,12 +180,7 @@ def _generation_config(folder: Path) -> dict[str, Any]:
     path = folder / "generation_config.json"
     if not path.is_file():
         return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: holds a {type(data).__name__}, not an object")
+    data = read_object(path)
     eos = data.get("eos_token_id")
     if not all(isinstance(token, int) for token in (eos if isinstance(eos, list) else [eos or 0])):
         raise InputError(f"{path}: eos_token_id is {eos!r}, neither a token id nor a list of them")

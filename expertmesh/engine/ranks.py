@@ -3,6 +3,7 @@
 import queue
 import socket
 import threading
+import time
 import weakref
 from collections import Counter
 from collections.abc import Collection, Hashable, Sequence
@@ -153,6 +154,7 @@ class ThreadRanks:
         self._failure: str | None = None
         self._done: queue.SimpleQueue[_Done] = queue.SimpleQueue()
         self._inboxes: list[queue.SimpleQueue[Batch | None]] = []
+        self._threads: list[threading.Thread] = []
         if topology.ranks > 1:
             self._start_threads()
 
@@ -162,9 +164,11 @@ class ThreadRanks:
             inbox: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
             self._inboxes.append(inbox)
             arguments = (rank, runner, self._world, inbox, self._done)
-            threading.Thread(target=_serve, args=arguments, name=f"rank {rank}", daemon=True).start()
-        # The threads do not hold this object: they end with it.
-        weakref.finalize(self, _end, self._inboxes)
+            thread = threading.Thread(target=_serve, args=arguments, name=f"rank {rank}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        # The threads do not hold this object: they end with it, and before the interpreter does.
+        weakref.finalize(self, _end, self._inboxes, self._threads)
         for _ in self.runners:
             self._done.get()
         torch.set_num_threads(threads)  # of other threads of this process: the ranks have changed the default
@@ -237,7 +241,7 @@ class ThreadRanks:
 
     def close(self) -> None:
         self._failure = self._failure or "the engine is closed"
-        _end(self._inboxes)
+        _end(self._inboxes, self._threads)
 
 
 _Done: TypeAlias = tuple[int, StepResult | BaseException]
@@ -264,9 +268,15 @@ def _serve(
             done.put((rank, error))
 
 
-def _end(inboxes: "Sequence[queue.SimpleQueue[Batch | None]]") -> None:
+def _end(inboxes: "Sequence[queue.SimpleQueue[Batch | None]]", threads: Sequence[threading.Thread]) -> None:
+    """Tell all threads to end, and see that they have: one that still ran while the interpreter ends would abort the
+    process."""
     for inbox in inboxes:
         inbox.put(None)
+    end = time.monotonic() + GRACE
+    for thread in threads:
+        if thread is not threading.current_thread():
+            thread.join(max(0.0, end - time.monotonic()))
 
 
 def sum_loads(counts: Sequence[dict[int, Tensor]]) -> dict[int, Tensor]:

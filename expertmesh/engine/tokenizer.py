@@ -13,6 +13,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.decoders import DecodeStream
 
+from expertmesh.config import read_object
 from expertmesh.errors import InputError
 
 Message = Mapping[str, Any]
@@ -35,7 +36,8 @@ class Tokenizer:
                 f"{path}: has token ids up to {largest}, but the model's vocabulary has {vocab_size}; "
                 "they do not belong together"
             )
-        self._config = _read_json(folder / "tokenizer_config.json")
+        config = folder / "tokenizer_config.json"
+        self._config = read_object(config) if config.is_file() else {}
         self.bos, self.eos = self._named("bos_token"), self._named("eos_token")
         self._template = self._chat_template(folder)
 
@@ -170,15 +172,3 @@ def _to_json(
 
 def _raise(message: str) -> None:
     raise TemplateError(message)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: holds a {type(data).__name__}, not an object")
-    return data

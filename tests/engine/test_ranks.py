@@ -1,5 +1,7 @@
 """Ranks as threads: failures, memory."""
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -146,3 +148,17 @@ def test_other_threads_keep_their_number_of_threads(tiny_folder: Path) -> None:
             assert found == [2] and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
+
+
+def test_a_program_that_closes_nothing_ends_well(tiny_folder: Path) -> None:
+    """Threads that still ran while the interpreter ends would abort the process."""
+    program = (
+        "import sys\nfrom expertmesh import LLM, SamplingParams, Topology\n"
+        "llm = LLM(sys.argv[1], topology=Topology(2, 4))\n"
+        "print(llm.generate([5, 6], SamplingParams(max_tokens=2))[0].finish_reason)\n"
+    )
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(tiny_folder)], capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout.strip()) == (0, "length"), done.stderr
