@@ -117,8 +117,6 @@ def _exchange_table(report: dict[str, Any]) -> str:
 
 def bench_engine(args: argparse.Namespace) -> dict[str, Any]:
     """Medians over the rounds; engines take turns, so that a change of the machine's speed meets all of them."""
-    if args.rounds < 1 or args.repeats < 1:
-        raise InputError("--rounds and --repeats must be at least 1")
     folder = Path(args.model) if args.model else demo_model()
     model = ModelConfig.from_folder(folder)
     checkpoint = open_checkpoint(folder, model)
@@ -126,12 +124,7 @@ def bench_engine(args: argparse.Namespace) -> dict[str, Any]:
     config = EngineConfig(dtype=args.dtype, **options)
     dtype = config.dtype_of(model)
     threads = args.threads or torch.get_num_threads()
-    if threads < 1:
-        raise InputError("--threads must be at least 1")
-    if model.max_position_embeddings <= PREFILL:
-        raise InputError(
-            f"{folder}: the model has {model.max_position_embeddings} positions; measuring takes {PREFILL + 1}"
-        )
+    _check_engine(args, model, folder)
     engines = ["expertmesh"]
     topology = Layout.of(model, given_topology(args), config.exchange, config.redundant).topology
     options |= {"topology": asdict(topology)}
@@ -167,6 +160,18 @@ def bench_engine(args: argparse.Namespace) -> dict[str, Any]:
     if "transformers" in medians:
         report["ratios"] = _ratios(medians["expertmesh"], medians["transformers"])
     return report
+
+
+def _check_engine(args: argparse.Namespace, model: ModelConfig, folder: Path) -> None:
+    """InputError where measuring could not work."""
+    if args.rounds < 1 or args.repeats < 1:
+        raise InputError("--rounds and --repeats must be at least 1")
+    if args.threads < 0:
+        raise InputError("--threads must be at least 1")
+    if model.max_position_embeddings <= PREFILL:
+        raise InputError(
+            f"{folder}: the model has {model.max_position_embeddings} positions; measuring takes {PREFILL + 1}"
+        )
 
 
 def _in_own_process(arguments: list[str]) -> dict[str, Any]:
