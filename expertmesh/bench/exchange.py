@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed import TCPStore
 
 from expertmesh.comm.base import Comm
 from expertmesh.comm.exchange import TieredExchange
 from expertmesh.comm.local import LocalWorld
-from expertmesh.comm.process import ProcessComm
+from expertmesh.comm.process import ENVIRONMENT, ProcessComm, host_store
 from expertmesh.engine.checkpoint import free_memory
 from expertmesh.engine.ranks import MOST_RANKS
 from expertmesh.errors import InputError, RankFailure
@@ -210,12 +209,12 @@ def _as_threads(workload: Workload, names: Sequence[str]) -> list[dict[str, Any]
 
 
 def _as_processes(workload: Workload, names: Sequence[str]) -> list[dict[str, Any]]:
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = host_store()
     common = {"workload": asdict(workload), "names": list(names), "port": store.port}
     specs = [common | {"rank": rank} for rank in range(workload.topology.ranks)]
     with ForkServer(("torch", "numpy", "expertmesh.bench.exchange")) as server:
         program = "expertmesh.bench.exchange:serve_rank"
-        processes = server.start(program, specs, {"GLOO_SOCKET_IFNAME": "lo"})
+        processes = server.start(program, specs, ENVIRONMENT)
         found: dict[int, dict[str, Any]] = {}
         with selectors.DefaultSelector() as selector:
             for rank, process in enumerate(processes):
@@ -238,7 +237,6 @@ def serve_rank(spec: dict[str, Any], channel: Channel) -> None:
     """One rank as a process."""
     torch.set_num_threads(1)
     workload = Workload(**spec["workload"])
-    store = TCPStore("127.0.0.1", spec["port"], is_master=False)
-    comm = ProcessComm(workload.topology, spec["rank"], store, workload.timeout)
+    comm = ProcessComm(workload.topology, spec["rank"], spec["port"], workload.timeout)
     channel.send(measure_rank(comm, workload, spec["names"]))
     comm.close()

@@ -74,6 +74,7 @@ class LocalWorld:
                 if not isinstance(error, CommError):
                     self.fail(f"rank {rank} failed: {error}")
 
+        default = torch.get_num_threads()
         threads = [
             threading.Thread(target=serve, args=(rank,), name=f"rank {rank}", daemon=True)
             for rank in range(self.topology.ranks)
@@ -82,6 +83,7 @@ class LocalWorld:
             thread.start()
         for thread in threads:
             thread.join()
+        torch.set_num_threads(default)  # of other threads of this process: the ranks have changed it
         failed = [r for r in results if isinstance(r, BaseException)]
         if failed:
             raise min(failed, key=lambda error: isinstance(error, CommError))

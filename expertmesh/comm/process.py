@@ -6,19 +6,30 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import Store
+from torch.distributed import TCPStore
 
 from expertmesh.comm.base import ByteCount, CommError, Purpose
 from expertmesh.mesh.topology import Topology
+
+LOOPBACK = "127.0.0.1"
+# gloo picks an interface by host name otherwise, and can take minutes with the wrong one.
+ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo"}
+
+
+def host_store() -> TCPStore:
+    """Where ranks of this machine find each other, hosted by who starts them: it outlives every rank."""
+    return TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
 
 
 class ProcessComm:
     """One process's end. Implements `comm.base.Comm`. Every rank of the cluster creates it at the same time."""
 
-    def __init__(self, topology: Topology, rank: int, store: Store, timeout: float) -> None:
+    def __init__(self, topology: Topology, rank: int, port: int, timeout: float) -> None:
+        """port: of the store where the ranks find each other, see `host_store`."""
         self.topology, self.rank = topology, rank
         self.sent = ByteCount(topology, rank)
         bound = timedelta(seconds=timeout)
+        store = TCPStore(LOOPBACK, port, is_master=False)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=topology.ranks, timeout=bound)
         self._groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {
             topology.all_ranks(): dist.group.WORLD

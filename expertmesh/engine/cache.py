@@ -6,7 +6,7 @@ so that equal beginnings find each other; a page that nobody holds keeps its con
 
 import struct
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 
 
@@ -61,27 +61,22 @@ class PageCache:
         """
         pages: list[int] = []
         hashes: list[bytes] = []
-        if not self.prefix_cache:
-            return pages, hashes
-        before = b""
-        for start in range(0, len(tokens) - self.page_size, self.page_size):
-            before = hash_page(before, tokens[start : start + self.page_size])
-            page = self._page_of.get(before)
+        for name in self.names(tokens):
+            page = self._page_of.get(name)
             if page is None:
                 break
             self._holders[page] += 1
             self._free.pop(page, None)
             pages.append(page)
-            hashes.append(before)
+            hashes.append(name)
         return pages, hashes
 
-    def names(self, tokens: Sequence[int]) -> list[bytes]:
-        """Of the pages that `match` looks for."""
-        found, before = [], b""
+    def names(self, tokens: Sequence[int]) -> Iterator[bytes]:
+        """Of the pages that may hold the beginning of these tokens, one after the other."""
+        before = b""
         for start in range(0, len(tokens) - self.page_size if self.prefix_cache else 0, self.page_size):
             before = hash_page(before, tokens[start : start + self.page_size])
-            found.append(before)
-        return found
+            yield before
 
     def known(self, names: Sequence[bytes]) -> int:
         """How many of these pages are here, from the first on."""

@@ -36,7 +36,7 @@ class Groups:
         idle = [s for s in self.schedulers if s.requests == fewest]
         home = idle[0]
         if len(idle) > 1:
-            names = home.cache.names(request.tokens)
+            names = list(home.cache.names(request.tokens))
             home = max(idle, key=lambda s: s.cache.known(names))
         home.add(request)
         self._home[request] = home

@@ -16,6 +16,7 @@ from torch.distributed import TCPStore
 
 from expertmesh.comm.base import ByteCount
 from expertmesh.comm.local import cores
+from expertmesh.comm.process import ENVIRONMENT, host_store
 from expertmesh.config import EngineConfig
 from expertmesh.engine.checkpoint import Checkpoint
 from expertmesh.engine.ranks import describe_rank, resolve_memory, sum_loads
@@ -53,8 +54,7 @@ class ProcessRanks:
         # Also where nobody closes: when this object goes, or the interpreter.
         self._end = weakref.finalize(self, _end, self._processes, own)
         ranks = layout.topology.ranks
-        # The store outlives every rank: it is the driver's.
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        store = host_store()
         self._store: TCPStore | None = store
         common = {
             "folder": str(checkpoint.folder.resolve()),
@@ -65,8 +65,8 @@ class ProcessRanks:
         }
         specs = [common | {"rank": rank} for rank in range(ranks)]
         try:
-            program, environment = "expertmesh.engine.worker:serve_rank", {"GLOO_SOCKET_IFNAME": "lo"}
-            self._processes += (server or own).start(program, specs, environment)  # type: ignore[union-attr]
+            program = "expertmesh.engine.worker:serve_rank"
+            self._processes += (server or own).start(program, specs, ENVIRONMENT)  # type: ignore[union-attr]
             for process in self._processes:
                 process.channel.bound_sending(self.config.timeout)
             self._gather("ready")

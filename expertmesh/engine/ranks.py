@@ -45,7 +45,7 @@ class Memory:
 
 
 class Ranks(Protocol):
-    """All ranks. config is resolved; memory is that of the rank that holds most."""
+    """All ranks. config is resolved; memory is that of each."""
 
     config: EngineConfig
     memory: Memory

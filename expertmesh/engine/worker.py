@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import TCPStore
 
 from expertmesh.comm.base import CommError
 from expertmesh.comm.process import ProcessComm
@@ -61,9 +60,8 @@ class _Rank:
     def __init__(self, spec: Plain) -> None:
         layout, number = Layout.from_plain(spec["layout"]), spec["rank"]
         folder, config = Path(spec["folder"]), EngineConfig(**spec["config"])
-        store = TCPStore("127.0.0.1", spec["port"], is_master=False)
         # The driver finds out who does not answer; a collective itself has patience with those that compute.
-        self._comm = ProcessComm(layout.topology, number, store, PATIENCE * config.timeout)
+        self._comm = ProcessComm(layout.topology, number, spec["port"], PATIENCE * config.timeout)
         checkpoint = open_checkpoint(folder, ModelConfig.from_folder(folder))
         shard = Shard.of(number, layout.topology, layout.placement)
         new = New(TORCH_DTYPES[config.dtype], torch.device("cpu"))

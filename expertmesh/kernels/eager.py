@@ -187,13 +187,11 @@ def _experts_batched(
     runs = _runs(counts, gate_up_SID, down_SDI)
     starts = torch.tensor([0, *counts[:-1]], device=x_RD.device).cumsum(0)
     place = torch.arange(rows.shape[0], device=x_RD.device) - starts[slots]
-    here = torch.zeros(len(counts), dtype=torch.int64)  # where a slot is among those of the runs
-    taken = torch.cat([torch.arange(run.start, run.stop) for run in runs])
-    here[taken] = torch.arange(taken.shape[0])
-    at = here.to(x_RD.device)[slots]
+    taken = {slot: i for i, slot in enumerate(slot for run in runs for slot in run)}
+    at = torch.tensor([taken.get(slot, 0) for slot in range(len(counts))], device=x_RD.device)[slots]
     most, width = max(counts), x_RD.shape[1]
     # The weights first, as in `linear`: what comes out is gathered anyway, so that its order costs nothing.
-    x = x_RD.new_zeros(taken.shape[0], width, most)
+    x = x_RD.new_zeros(len(taken), width, most)
     x[at, :, place] = x_RD[rows]
     gate, up = _over_runs(gate_up_SID, x, runs).chunk(2, dim=1)
     return _over_runs(down_SDI, silu(gate).mul_(up), runs)[at, :, place]
