@@ -1,10 +1,13 @@
 """One rank: nothing to say to anybody."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from torch import Tensor
 
 from expertmesh.comm.base import Received
+
+T = TypeVar("T")
 
 
 class Alone:
@@ -13,9 +16,15 @@ class Alone:
 
     leads = True
 
+    def __init__(self) -> None:
+        self.pieces = 1
+
     @property
     def exchange(self) -> "Alone":
         return self
+
+    def run(self, programs: Sequence[Callable[[], T]]) -> list[T]:
+        return [program() for program in programs]
 
     def group(self, rows: int) -> "Alone":
         return self

@@ -1,16 +1,21 @@
 """What every transport offers, one primitive: an exchange of byte strings inside a group of ranks, counted."""
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeAlias, get_args
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from expertmesh.comm.fibers import Turns
 from expertmesh.mesh.topology import Topology
 from expertmesh.mesh.traffic import ANNOUNCEMENT
 
+T = TypeVar("T")
 # What an exchange is for: its bytes are counted under this name.
 Purpose: TypeAlias = Literal["attention", "dispatch", "combine"]
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
@@ -55,15 +60,71 @@ class ByteCount:
 
 
 class CommError(RuntimeError):
-    """A collective could not be completed, as a rule because another rank has died: not the cause itself."""
+    """A collective could not be completed, as a rule because another rank has died: not the cause itself. suspects:
+    the ranks that did not come to it."""
+
+    def __init__(self, problem: str, suspects: Sequence[int] = ()) -> None:
+        super().__init__(problem)
+        self.suspects = tuple(suspects)
 
 
-class Comm(Protocol):
-    """One rank's end of a transport."""
+class Transfer(Protocol):
+    """An exchange that is under way."""
 
-    rank: int
-    topology: Topology
-    sent: ByteCount
+    def wait(self) -> list[Tensor]:
+        """What each rank of the group sent to this one, in their order. CommError where it cannot be completed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Done:
+    """A transfer with nothing to wait for. Implements `Transfer`."""
+
+    came: list[Tensor]
+
+    def wait(self) -> list[Tensor]:
+        return self.came
+
+
+class Comm(ABC):
+    """One rank's end of a transport.
+
+    turns: which of this rank's fibers runs. Exchanges are matched across ranks by group, fiber and their order in
+    that fiber, so that fibers of one rank never hear each other.
+    """
+
+    def __init__(self, topology: Topology, rank: int) -> None:
+        self.topology, self.rank = topology, rank
+        self.sent = ByteCount(topology, rank)
+        self.turns = Turns()
+
+    def new(self, rank: int, size: int) -> Tensor:
+        """Uninitialised memory for a part that goes to this rank: such that it need not be copied, where there is."""
+        return torch.empty(size, dtype=torch.uint8)
+
+    @abstractmethod
+    def start(
+        self,
+        purpose: Purpose,
+        ranks: Sequence[int],
+        parts: Sequence[Tensor],
+        sizes: Sequence[int] | None = None,
+    ) -> Transfer:
+        """parts[i], bytes (uint8, one axis), go to ranks[i], while this rank does something else.
+
+        All of `ranks`, this one among them, call it with the same `ranks`, in the same order of calls. They are the
+        whole cluster, a node, a rail or a TP group. sizes: how many bytes will come from each, where that is known;
+        otherwise their lengths travel too. Nobody writes into a part any more, nor into what comes: it may be memory
+        that another rank reads.
+        """
+
+    def helped(self) -> AbstractContextManager[None]:
+        """Inside, what travels does so while this rank computes."""
+        return nullcontext()
+
+    def where(self) -> str | None:
+        """What this rank waits for at the moment, for reports of other threads."""
+        return None
 
     def exchange(
         self,
@@ -72,14 +133,8 @@ class Comm(Protocol):
         parts: Sequence[Tensor],
         sizes: Sequence[int] | None = None,
     ) -> list[Tensor]:
-        """parts[i], bytes (uint8, one axis), go to ranks[i]; returns what each of `ranks` sent to this one.
-
-        All of `ranks`, this one among them, call it with the same `ranks`, in the same order of calls. They are the
-        whole cluster, a node, a rail or a TP group. sizes: how many bytes will come from each, where that is known;
-        otherwise lengths are announced first. What comes may be memory that the sender still reads: nobody writes
-        into it. CommError where it cannot be completed.
-        """
-        ...
+        """Start, and wait."""
+        return self.start(purpose, ranks, parts, sizes).wait()
 
 
 class Group(Protocol):
@@ -110,14 +165,15 @@ class Group(Protocol):
 class Received:
     """Rows that came here for my slots, and what combine needs to send the results back.
 
-    slots_RK holds -1 where a row has fewer choices here. trail: the way back, one record per hop.
+    slots_RK holds -1 where a row has fewer choices here. trail: the way back, for each piece that the rows travelled in
+    one record per hop.
     """
 
     layer: int
     x_RD: Tensor
     slots_RK: Tensor
     weights_RK: Tensor
-    trail: tuple[object, ...] = ()
+    trail: tuple[Any, ...] = ()
 
 
 class Collectives(Protocol):
@@ -126,13 +182,23 @@ class Collectives(Protocol):
     @property
     def exchange(self) -> "Exchange": ...
 
+    def run(self, programs: Sequence[Callable[[], T]]) -> list[T]:
+        """What the programs return, each of which may use the collectives: one computes while rows of another
+        travel. All ranks run as many."""
+        ...
+
     def group(self, rows: int) -> Group:
         """This rank's TP group in a step in which the group has so many rows."""
         ...
 
 
 class Exchange(Protocol):
-    """Sends rows to the ranks that hold their experts, and results back. combine takes what dispatch returned."""
+    """Sends rows to the ranks that hold their experts, and results back. combine takes what dispatch returned.
+
+    pieces: into how many the rows of every rank are cut on their way, the same number on all ranks.
+    """
+
+    pieces: int
 
     def dispatch(self, layer: int, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Received: ...
 

@@ -4,8 +4,9 @@ Every rank sends each other rank of the group what it needs, which is as many by
 shares, and sums in the order of the ranks whatever the transport: results are the same bits on all of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from expertmesh.comm.alone import Alone
 from expertmesh.comm.base import Comm, Exchange, Group
+
+T = TypeVar("T")
 
 
 def shares(rows: int, ranks: int) -> list[int]:
@@ -26,6 +29,12 @@ class Clustered:
     def __init__(self, comm: Comm, exchange: Exchange) -> None:
         self.comm, self.exchange = comm, exchange
         self._tp_ranks = comm.topology.tp_ranks(comm.rank)
+
+    def run(self, programs: Sequence[Callable[[], T]]) -> list[T]:
+        if len(programs) == 1:
+            return [programs[0]()]
+        with self.comm.helped():
+            return self.comm.turns.run(programs)
 
     def group(self, rows: int) -> Group:
         if len(self._tp_ranks) == 1:

@@ -2,14 +2,15 @@
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from expertmesh.comm.base import ByteCount, Comm, CommError, Purpose
+from expertmesh.comm.base import Comm, CommError, Done, Purpose
 from expertmesh.mesh.topology import Topology
 
 T = TypeVar("T")
@@ -22,16 +23,16 @@ def cores() -> int:
 
 @dataclass
 class _Meeting:
-    """Where the ranks of one group exchange. Two tables take turns: a rank can be one exchange ahead of the slowest,
-    never two, so nobody writes where somebody still reads."""
+    """One exchange of a group: what each rank has put down, and a lock for each that waits, held until the last one
+    has come. It is forgotten when all have taken what is theirs."""
 
-    size: int
-    tables: tuple[dict[int, Sequence[Tensor]], dict[int, Sequence[Tensor]]] = field(
-        default_factory=lambda: ({}, {})
-    )
-    round: int = 0
-    # One lock for each rank that waits, held until the last one has come.
-    waiting: dict[int, "threading.Lock"] = field(default_factory=dict)
+    table: dict[int, Sequence[Tensor]] = field(default_factory=dict)
+    waiting: list["threading.Lock"] = field(default_factory=list)
+    taken: int = 0
+
+
+# Group, fiber and the number of the exchange in these.
+_Key: TypeAlias = tuple[tuple[int, ...], int, int]
 
 
 class LocalWorld:
@@ -45,7 +46,7 @@ class LocalWorld:
         self.topology, self.timeout = topology, timeout
         self.turn = threading.BoundedSemaphore(cores())
         self._lock = threading.Lock()
-        self._meetings: dict[tuple[int, ...], _Meeting] = {}
+        self._meetings: dict[_Key, _Meeting] = {}
         self._problem: str | None = None
 
     def comm(self, rank: int) -> "LocalComm":
@@ -55,7 +56,7 @@ class LocalWorld:
         with self._lock:
             self._problem = self._problem or problem
             for meeting in self._meetings.values():
-                for lock in meeting.waiting.values():
+                for lock in meeting.waiting:
                     lock.release()
                 meeting.waiting.clear()
 
@@ -89,55 +90,78 @@ class LocalWorld:
             raise min(failed, key=lambda error: isinstance(error, CommError))
         return [r for r in results if not isinstance(r, BaseException)]
 
-    def meet(self, ranks: tuple[int, ...], rank: int, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Put down my parts, wait for the others', take what is mine. Called by who has the turn, which others get
-        while it waits."""
-        mine: threading.Lock | None = None
+    def put(self, key: _Key, rank: int, parts: Sequence[Tensor]) -> None:
+        """Put down my parts of an exchange."""
         with self._lock:
             if self._problem is not None:
                 raise CommError(self._problem)
-            meeting = self._meetings.setdefault(ranks, _Meeting(len(ranks)))
-            table = meeting.tables[meeting.round % 2]
-            if not meeting.waiting:
-                table.clear()
-            table[rank] = parts
-            if len(table) == meeting.size:
-                meeting.round += 1
-                for lock in meeting.waiting.values():
+            meeting = self._meetings.setdefault(key, _Meeting())
+            meeting.table[rank] = parts
+            if len(meeting.table) == len(key[0]):
+                for lock in meeting.waiting:
                     lock.release()
                 meeting.waiting.clear()
-            else:
-                mine = meeting.waiting[rank] = threading.Lock()
+
+    def take(self, key: _Key, rank: int) -> list[Tensor]:
+        """Wait for the others' parts, take what is mine. Called by who has the turn, which others get while it
+        waits."""
+        ranks, mine = key[0], None
+        with self._lock:
+            meeting = self._meetings[key]
+            if len(meeting.table) < len(ranks):
+                if self._problem is not None:
+                    raise CommError(self._problem)
+                mine = threading.Lock()
                 mine.acquire()
+                meeting.waiting.append(mine)
         if mine is not None:
             self.turn.release()
-            came = mine.acquire(timeout=self.timeout)
-            if not came:
-                late = ", ".join(str(r) for r in ranks if r not in table)
+            if not mine.acquire(timeout=self.timeout):
+                late = ", ".join(str(r) for r in ranks if r not in meeting.table)
                 self.fail(f"rank {late} did not come to an exchange within {self.timeout:g} s")
             self.turn.acquire()
-            if len(table) < meeting.size:
+            if len(meeting.table) < len(ranks):
                 raise CommError(self._problem or "an exchange was given up")
+        with self._lock:
+            meeting.taken += 1
+            if meeting.taken == len(ranks):
+                del self._meetings[key]
         me = ranks.index(rank)
-        return [table[r][me] for r in ranks]
+        return [meeting.table[r][me] for r in ranks]
 
 
-class LocalComm:
-    """One thread's end. Implements `comm.base.Comm`."""
+class LocalComm(Comm):
+    """One thread's end."""
 
     def __init__(self, world: LocalWorld, rank: int) -> None:
-        self.topology, self.rank = world.topology, rank
-        self.sent = ByteCount(world.topology, rank)
+        super().__init__(world.topology, rank)
         self._world = world
+        self._count: Counter[tuple[tuple[int, ...], int]] = Counter()
 
-    def exchange(
+    def start(
         self,
         purpose: Purpose,
         ranks: Sequence[int],
         parts: Sequence[Tensor],
         sizes: Sequence[int] | None = None,
-    ) -> list[Tensor]:
+    ) -> "Done | _LocalTransfer":
         self.sent.add(purpose, ranks, [p.numel() for p in parts], announced=sizes is None)
         if len(ranks) == 1:
-            return list(parts)
-        return self._world.meet(tuple(ranks), self.rank, parts)
+            return Done(list(parts))
+        group = tuple(ranks), self.turns.lane
+        key = (*group, self._count[group])
+        self._count[group] += 1
+        self._world.put(key, self.rank, parts)
+        return _LocalTransfer(self._world, key, self.rank)
+
+
+@dataclass(frozen=True)
+class _LocalTransfer:
+    """Implements `comm.base.Transfer`."""
+
+    world: LocalWorld
+    key: _Key
+    rank: int
+
+    def wait(self) -> list[Tensor]:
+        return self.world.take(self.key, self.rank)

@@ -7,6 +7,7 @@ back: what came in one copy returns as one row.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -63,6 +64,12 @@ class Algorithm:
     hops: tuple[Hop, ...]
     dispatch: str | None = None
     combine: str | None = None
+
+    def peers(self, topology: Topology, rank: int) -> set[int]:
+        """The ranks that this one talks with, those of its node among them."""
+        return set(topology.node_ranks(rank)).union(*(hop.peers(topology, rank) for hop in self.hops)) - {
+            rank
+        }
 
     def formats(self, phase: Phase, plain: str, topology: Topology) -> list[Format]:
         """Of each hop. All rows are quantised alike, wherever their experts are, unless there is one node only. What
@@ -125,6 +132,13 @@ class Traffic:
     combine_RR: Ints
     rows_R: Ints
 
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(
+            self.dispatch_RR + other.dispatch_RR,
+            self.combine_RR + other.combine_RR,
+            self.rows_R + other.rows_R,
+        )
+
     def across(self, phase: Phase, topology: Topology) -> int:
         """Bytes between nodes."""
         bytes_RR = self.dispatch_RR if phase == "dispatch" else self.combine_RR
@@ -145,9 +159,18 @@ def traffic(
     width: int,
     plain: str,
     how: Algorithm,
+    pieces: int = 1,
 ) -> Traffic:
     """Bytes of one dispatch and combine. slots_by_rank: for each rank [T, K], the slots of the cluster chosen for its
-    rows; width: numbers in a row; plain: the model's own format."""
+    rows; width: numbers in a row; plain: the model's own format; pieces: into how many the rows of each rank are cut,
+    each with messages of its own."""
+    if pieces > 1:
+        cut = [
+            [s[len(s) * i // pieces : len(s) * (i + 1) // pieces] for s in slots_by_rank]
+            for i in range(pieces)
+        ]
+        parts = [traffic(piece, topology, slots_per_rank, width, plain, how) for piece in cut]
+        return reduce(Traffic.__add__, parts)
     ranks = topology.ranks
     dispatch, combine = np.zeros((2, ranks, ranks), dtype=np.int64)
     # What a rank holds at this stage: for each choice its row (numbered in the rank) and its slot.

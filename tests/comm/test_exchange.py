@@ -18,6 +18,7 @@ from expertmesh.mesh.traffic import ALGORITHMS, algorithm, traffic
 from tests.support.cluster import Case, cases
 
 EXACT = ["flat", "two_tier"]
+PIECES = st.sampled_from([1, 1, 2, 3, 9])
 
 
 def answer(x: Tensor, slot: int, rank: int, size: int) -> Tensor:
@@ -26,14 +27,14 @@ def answer(x: Tensor, slot: int, rank: int, size: int) -> Tensor:
 
 
 def run(
-    case: Case, name: str, log: list[list[Any]] | None = None
+    case: Case, name: str, log: list[list[Any]] | None = None, pieces: int = 1
 ) -> tuple[list[Tensor], list[dict[str, Any]]]:
     """What every rank gets back, and the bytes that each sent."""
     size = case.placement.slots_per_rank
 
     def program(comm: Comm) -> tuple[Tensor, dict[str, Any]]:
         rank = comm.rank
-        exchange = TieredExchange(comm, case.placement, algorithm(name))
+        exchange = TieredExchange(comm, case.placement, algorithm(name), pieces)
         received = exchange.dispatch(0, case.x[rank], case.experts[rank], case.weights[rank])
         if log is not None:
             log[rank] = _arrivals(received)
@@ -58,11 +59,11 @@ def _arrivals(received: Received) -> list[tuple[tuple[float, ...], int, float]]:
     )
 
 
-@given(cases(), st.sampled_from(EXACT))
-def test_rows_reach_their_slots_and_come_back_summed(case: Case, name: str) -> None:
+@given(cases(), st.sampled_from(EXACT), PIECES)
+def test_rows_reach_their_slots_and_come_back_summed(case: Case, name: str, pieces: int) -> None:
     size = case.placement.slots_per_rank
     log: list[list[Any]] = [[] for _ in case.ranks]
-    back, _ = run(case, name, log)
+    back, _ = run(case, name, log, pieces)
     expected_log: list[list[Any]] = [[] for _ in case.ranks]
     for rank in case.ranks:
         expected = torch.zeros_like(case.x[rank])
@@ -77,11 +78,11 @@ def test_rows_reach_their_slots_and_come_back_summed(case: Case, name: str) -> N
     assert log == [sorted(entries) for entries in expected_log]
 
 
-@given(cases(), st.sampled_from(sorted(ALGORITHMS)))
-def test_bytes_sent_are_the_bytes_predicted(case: Case, name: str) -> None:
-    _, sent = run(case, name)
-    width = case.x[0].shape[1]
-    law = traffic(case.slots, case.topology, case.placement.slots_per_rank, width, "float32", algorithm(name))
+@given(cases(), st.sampled_from(sorted(ALGORITHMS)), PIECES)
+def test_bytes_sent_are_the_bytes_predicted(case: Case, name: str, pieces: int) -> None:
+    _, sent = run(case, name, pieces=pieces)
+    size, width = case.placement.slots_per_rank, case.x[0].shape[1]
+    law = traffic(case.slots, case.topology, size, width, "float32", algorithm(name), pieces)
     assert (np.array([s["dispatch"] for s in sent]) == law.dispatch_RR).all()
     assert (np.array([s["combine"] for s in sent]) == law.combine_RR).all()
 
@@ -110,7 +111,7 @@ def _wide_case() -> Case:
     )
 
 
-@given(cases(), st.sampled_from(sorted(ALGORITHMS)))
-def test_the_same_exchange_gives_the_same_bits(case: Case, name: str) -> None:
-    first, second = run(case, name)[0], run(case, name)[0]
+@given(cases(), st.sampled_from(sorted(ALGORITHMS)), PIECES)
+def test_the_same_exchange_gives_the_same_bits(case: Case, name: str, pieces: int) -> None:
+    first, second = run(case, name)[0], run(case, name, pieces=pieces)[0]
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

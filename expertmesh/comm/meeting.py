@@ -1,0 +1,130 @@
+"""How the processes of a cluster connect: each listens, tells everybody where, and is reached by those it talks with.
+
+That a peer can be reached is found out here, in bounded time, before anything waits for rows.
+"""
+
+import contextlib
+import secrets
+import selectors
+import socket
+import struct
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from expertmesh.comm.base import CommError
+
+HELLO = struct.Struct("!16sI")  # the cluster's token, which keeps strangers out, and the caller's rank
+BACKLOG = 4096  # as many as may call before one is accepted; the system lowers it to what it allows
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank listens: an address of one interface, and for ranks of its node a socket without a network (a name
+    in Linux's abstract namespace: it leaves no file behind)."""
+
+    host: str
+    address: str
+    port: int
+    local: str
+
+
+class Listener:
+    """Where one rank is called."""
+
+    def __init__(self, address: str) -> None:
+        """address: of the interface that other nodes reach. OSError where it is not one of this machine's."""
+        self._near = socket.socket(socket.AF_UNIX)
+        self._far = socket.socket(socket.AF_INET)
+        name = f"expertmesh-rank-{secrets.token_hex(8)}"
+        self._near.bind(f"\0{name}")
+        self._far.bind((address, 0))
+        for each in (self._near, self._far):
+            each.listen(BACKLOG)
+        self.place = Place(socket.gethostname(), address, self._far.getsockname()[1], name)
+
+    def meet(
+        self,
+        rank: int,
+        places: Mapping[int, Place],
+        near: Collection[int],
+        token: bytes,
+        timeout: float,
+    ) -> dict[int, socket.socket]:
+        """A connection to every rank of `places`, without a network to those of `near`. Every one of them calls this
+        at the same time: who has the higher rank calls, the other one answers. CommError names who was not reached, or
+        did not call, within `timeout` seconds. The listener is closed."""
+        end = time.monotonic() + timeout
+        found = {}
+        try:
+            for peer in sorted(peer for peer in places if peer < rank):
+                found[peer] = _call(peer, places[peer], peer in near, end)
+                found[peer].sendall(HELLO.pack(token, rank))
+            found |= self._answer({peer for peer in places if peer > rank}, places, token, end)
+        except BaseException:
+            for connection in found.values():
+                connection.close()
+            raise
+        finally:
+            self.close()
+        return found
+
+    def close(self) -> None:
+        self._near.close()
+        self._far.close()
+
+    def _answer(
+        self, missing: set[int], places: Mapping[int, Place], token: bytes, end: float
+    ) -> dict[int, socket.socket]:
+        found = {}
+        with selectors.DefaultSelector() as selector:
+            for each in (self._near, self._far):
+                selector.register(each, selectors.EVENT_READ)
+            while missing:
+                left = end - time.monotonic()
+                if left <= 0:
+                    first = min(missing)
+                    others = f" (nor did ranks {sorted(missing - {first})})" if len(missing) > 1 else ""
+                    raise CommError(f"rank {first} on {places[first].host} did not connect{others}")
+                for event, _ in selector.select(left):
+                    listener = event.fileobj
+                    assert isinstance(listener, socket.socket)
+                    connection, _ = listener.accept()
+                    peer = _heard(connection, token, min(end, time.monotonic() + 5.0))
+                    if peer not in missing:  # a stranger
+                        connection.close()
+                        continue
+                    missing.discard(peer)
+                    found[peer] = connection
+        return found
+
+
+def _call(peer: int, place: Place, near: bool, end: float) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX if near else socket.AF_INET)
+    connection.settimeout(max(0.001, end - time.monotonic()))
+    try:
+        connection.connect(f"\0{place.local}" if near else (place.address, place.port))
+    except OSError as error:
+        connection.close()
+        where = "of this node" if near else f"on {place.host} at {place.address}:{place.port}"
+        raise CommError(f"cannot reach rank {peer} {where}: {error.strerror or error}") from None
+    if not near:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
+
+
+def _heard(connection: socket.socket, token: bytes, end: float) -> int | None:
+    """The rank of who has called, None where that is no rank of this cluster."""
+    if connection.family == socket.AF_INET:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    data = b""
+    with contextlib.suppress(OSError):
+        while len(data) < HELLO.size:
+            connection.settimeout(max(0.001, end - time.monotonic()))
+            more = connection.recv(HELLO.size - len(data))
+            if not more:
+                return None
+            data += more
+        said, rank = HELLO.unpack(data)
+        return int(rank) if secrets.compare_digest(said, token) else None
+    return None
