@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 from expertmesh.config import EngineConfig
 from expertmesh.engine.engine import Engine
 from expertmesh.errors import InputError
-from expertmesh.launch.forkserver import ForkServer
+from expertmesh.launch.launcher import Launcher
 from expertmesh.mesh.topology import Topology
 from expertmesh.request import Output, SamplingParams
 
@@ -27,8 +27,8 @@ class LLM:
     """A loaded model. For one thread; calls may be nested.
 
     model: a folder in the Hugging Face layout; None for the demo model. dtype: "auto" computes in the checkpoint's
-    type (bfloat16 for FP8 checkpoints). topology: the cluster, one rank where it is not given. fork_server: starts
-    ranks that are processes; a new one does where none is given. Further options are the fields of EngineConfig.
+    type (bfloat16 for FP8 checkpoints). topology: the cluster, one rank where it is not given. launcher: starts
+    ranks that are processes, on this machine where none is given. Further options are the fields of EngineConfig.
     Raises InputError with one clear message where the folder or an option cannot be used.
     """
 
@@ -39,7 +39,7 @@ class LLM:
         dtype: str = "auto",
         topology: Topology | None = None,
         progress: bool = False,
-        fork_server: ForkServer | None = None,
+        launcher: Launcher | None = None,
         **options: Any,
     ) -> None:
         unknown = options.keys() - EngineConfig.__dataclass_fields__.keys()
@@ -47,9 +47,7 @@ class LLM:
             known = ", ".join(EngineConfig.__dataclass_fields__)
             raise InputError(f"unknown option {', '.join(sorted(unknown))}; there are {known}")
         self.folder = Path(model) if model is not None else demo_model()
-        self.engine = Engine(
-            self.folder, EngineConfig(dtype=dtype, **options), topology, progress, fork_server
-        )
+        self.engine = Engine(self.folder, EngineConfig(dtype=dtype, **options), topology, progress, launcher)
         self._calls = itertools.count()
         # What a step brought for each call that is under way: calls may be nested, and share the engine's steps.
         self._inboxes: dict[str, deque[Output]] = {}

@@ -24,7 +24,9 @@ class EngineConfig:
     Of several ranks: ranks: "threads" of this process, which share weights and start at once, or "processes" of this
     machine. exchange: the algorithm that takes rows to their experts (`mesh.traffic`). redundant: slots of a layer
     beyond one per expert, for replicas. timeout: seconds after which a process that does not answer has failed;
-    computing is no reason not to.
+    computing is no reason not to. overlap: whether a step is cut into two micro-batches, of which one computes while
+    the rows of the other travel: "on", "off", or "auto", which tries and keeps what is faster (`engine.plan`); sums
+    of floating-point numbers may then differ from run to run.
     """
 
     dtype: str = "auto"
@@ -40,12 +42,15 @@ class EngineConfig:
     exchange: str = "two_tier"
     redundant: int = 0
     timeout: float = 30.0
+    overlap: str = "auto"
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise InputError(f"dtype {self.dtype!r} is not one of auto, float32, bfloat16")
         if self.ranks not in ("threads", "processes"):
             raise InputError(f"ranks {self.ranks!r} is not one of threads, processes")
+        if self.overlap not in ("auto", "on", "off"):
+            raise InputError(f"overlap {self.overlap!r} is not one of auto, on, off")
         if not fits(float, self.timeout) or not 0 < self.timeout <= LONGEST:
             raise InputError(
                 f"timeout is {self.timeout!r}, but must be above 0 and at most {LONGEST} seconds"

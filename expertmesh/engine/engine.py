@@ -2,6 +2,7 @@
 
 import itertools
 import secrets
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from expertmesh.engine.cache import PageCache
 from expertmesh.engine.checkpoint import open_checkpoint
 from expertmesh.engine.groups import Groups
 from expertmesh.engine.interrupts import held_back
+from expertmesh.engine.plan import Planner
 from expertmesh.engine.processes import ProcessRanks
 from expertmesh.engine.ranks import Ranks, ThreadRanks
 from expertmesh.engine.sampler import fold_seed
@@ -19,7 +21,7 @@ from expertmesh.engine.text import OutputText
 from expertmesh.engine.tokenizer import Tokenizer
 from expertmesh.errors import InputError
 from expertmesh.kernels import kernels_for
-from expertmesh.launch.forkserver import ForkServer
+from expertmesh.launch.launcher import Launcher
 from expertmesh.mesh.layout import Layout
 from expertmesh.mesh.topology import Topology
 from expertmesh.request import Output, Request, SamplingParams
@@ -34,7 +36,7 @@ class Engine:
         config: EngineConfig,
         topology: Topology | None = None,
         progress: bool = False,
-        fork_server: ForkServer | None = None,
+        launcher: Launcher | None = None,
     ) -> None:
         self.model = ModelConfig.from_folder(folder)
         self.layout = Layout.of(self.model, topology or Topology(), config.exchange, config.redundant)
@@ -44,10 +46,13 @@ class Engine:
         kernels = kernels_for("cpu", config.strict)
         self.ranks: Ranks
         if config.ranks == "processes":
-            self.ranks = ProcessRanks(checkpoint, config, self.layout, kernels, fork_server)
+            self.ranks = ProcessRanks(checkpoint, config, self.layout, kernels, launcher)
         else:
             self.ranks = ThreadRanks(checkpoint, config, self.layout, kernels, progress)
         self.config = self.ranks.config
+        row_bytes = self.model.hidden_size * (4 if self.config.dtype == "float32" else 2)
+        wire = config.ranks == "processes" and self.layout.topology.nodes > 1
+        self.planner = Planner(self.config.overlap, row_bytes, wire)
         self.scheduler = Groups([_scheduler(self.config) for _ in range(self.layout.topology.groups)])
         self.eos = frozenset(self._eos_ids())
         self._texts: dict[str, OutputText] = {}
@@ -114,7 +119,10 @@ class Engine:
             batches = self.scheduler.schedule()
             if not any(batch.slices for batch in batches):
                 return []
-            results = self.ranks.run(batches)
+            plan = self.planner.plan(batches, self.layout.topology.tp)
+            start = time.perf_counter()
+            results = self.ranks.run(batches, plan)
+            self.planner.took(batches, plan, time.perf_counter() - start)
             return [self._output(request) for request in self.scheduler.update(batches, results)]
 
     def close(self) -> None:

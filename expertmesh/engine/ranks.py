@@ -6,7 +6,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -20,6 +20,7 @@ from expertmesh.comm.group import Clustered
 from expertmesh.comm.local import LocalWorld
 from expertmesh.config import EngineConfig, cache_bytes_per_token
 from expertmesh.engine.checkpoint import Checkpoint, check_memory, free_memory, load_ranks
+from expertmesh.engine.plan import Plan
 from expertmesh.engine.runner import Runner
 from expertmesh.errors import InputError, RankFailure
 from expertmesh.kernels import Kernels
@@ -55,7 +56,7 @@ class Ranks(Protocol):
         """Processes of the ranks, none where they are threads of this one."""
         ...
 
-    def run(self, batches: Sequence[Batch]) -> list[StepResult]:
+    def run(self, batches: Sequence[Batch], plan: Plan) -> list[StepResult]:
         """One step of every TP group, an idle one with an empty batch. RankFailure where a rank fails."""
         ...
 
@@ -69,6 +70,10 @@ class Ranks(Protocol):
 
     def reset(self) -> None:
         """Count loads and bytes from 0."""
+        ...
+
+    def on_failure(self, callback: Callable[[str], None]) -> None:
+        """Call this with the message, in another thread, where a rank fails while nothing is asked of it."""
         ...
 
     def close(self) -> None:
@@ -153,7 +158,7 @@ class ThreadRanks:
         self._done_by: Collection[int] = ()
         self._failure: str | None = None
         self._done: queue.SimpleQueue[_Done] = queue.SimpleQueue()
-        self._inboxes: list[queue.SimpleQueue[Batch | None]] = []
+        self._inboxes: list[queue.SimpleQueue[_Work | None]] = []
         self._threads: list[threading.Thread] = []
         if topology.ranks > 1:
             self._start_threads()
@@ -161,7 +166,7 @@ class ThreadRanks:
     def _start_threads(self) -> None:
         threads = torch.get_num_threads()
         for rank, runner in enumerate(self.runners):
-            inbox: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
+            inbox: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
             self._inboxes.append(inbox)
             arguments = (rank, runner, self._world, inbox, self._done)
             thread = threading.Thread(target=_serve, args=arguments, name=f"rank {rank}", daemon=True)
@@ -173,16 +178,16 @@ class ThreadRanks:
             self._done.get()
         torch.set_num_threads(threads)  # of other threads of this process: the ranks have changed the default
 
-    def run(self, batches: Sequence[Batch]) -> list[StepResult]:
+    def run(self, batches: Sequence[Batch], plan: Plan) -> list[StepResult]:
         if self._failure is not None:
             raise RankFailure(self._failure)
         self._steps += 1
         if not self._inboxes:
-            return [self.runners[0].run(batches[0])]
+            return [self.runners[0].run(batches[0], plan)]
         topology = self.layout.topology
         try:
             for rank, inbox in enumerate(self._inboxes):
-                inbox.put(batches[topology.group_of(rank)])
+                inbox.put((batches[topology.group_of(rank)], plan))
             done = self._collect()
         except KeyboardInterrupt:
             if len(self._done_by) < topology.ranks:
@@ -239,11 +244,15 @@ class ThreadRanks:
         for comm in self._comms:
             comm.sent.clear()
 
+    def on_failure(self, callback: Callable[[str], None]) -> None:
+        """Threads fail in steps alone."""
+
     def close(self) -> None:
         self._failure = self._failure or "the engine is closed"
         _end(self._inboxes, self._threads)
 
 
+_Work: TypeAlias = tuple[Batch, Plan]
 _Done: TypeAlias = tuple[int, StepResult | BaseException]
 
 
@@ -251,16 +260,16 @@ def _serve(
     rank: int,
     runner: Runner,
     world: LocalWorld,
-    inbox: "queue.SimpleQueue[Batch | None]",
+    inbox: "queue.SimpleQueue[_Work | None]",
     done: "queue.SimpleQueue[_Done]",
 ) -> None:
     """One rank's thread. The cores are shared by the ranks, not by the threads of an op."""
     torch.set_num_threads(1)
     done.put((rank, StepResult()))  # started
-    while (batch := inbox.get()) is not None:
+    while (work := inbox.get()) is not None:
         try:
             with world.turn:
-                result = runner.run(batch)
+                result = runner.run(*work)
             done.put((rank, result))
         except BaseException as error:
             if not isinstance(error, CommError):
@@ -268,7 +277,7 @@ def _serve(
             done.put((rank, error))
 
 
-def _end(inboxes: "Sequence[queue.SimpleQueue[Batch | None]]", threads: Sequence[threading.Thread]) -> None:
+def _end(inboxes: "Sequence[queue.SimpleQueue[_Work | None]]", threads: Sequence[threading.Thread]) -> None:
     """Tell all threads to end, and see that they have: one that still ran while the interpreter ends would abort the
     process."""
     for inbox in inboxes:

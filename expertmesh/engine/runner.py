@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from expertmesh.comm.base import Collectives, Group
 from expertmesh.config import EngineConfig
 from expertmesh.engine import sampler
+from expertmesh.engine.plan import Plan, cut
 from expertmesh.kernels import AttentionRows, Rotary
 from expertmesh.kernels.types import Prefill, rotary_table
 from expertmesh.model.deepseek import DeepSeek
@@ -37,28 +39,37 @@ class Runner:
         self.loads = Loads()
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> StepResult:
+    def run(self, batch: Batch, plan: Plan) -> StepResult:
         """Compute my share of the TP group's batch; choose a token for each request whose known tokens are all
         computed. Every rank of the group gets the batch, the first one gives the results."""
-        group = self.collectives.group(batch.rows)
-        step = self._step(batch, group)
-        x_TD = self.model(step)
-        sampling, judged = _asked(batch)
-        # Of all rows only those leave their rank whose logits somebody asked for.
-        wanted = [row for row, _ in sampling] + [row for j in judged for row in j.rows]
-        rows = group.gather_rows(x_TD, wanted)
+        self.collectives.exchange.pieces = plan.pieces
+        parts = cut(batch) if plan.micro_batches == 2 else (batch,)
+        asked = [_asked(part) for part in parts]
+        rows = self.collectives.run(
+            [partial(self._compute, part, wanted) for part, wanted in zip(parts, asked, strict=True)]
+        )
         result = StepResult()
+        group = self.collectives.group(0)  # of any number of rows: only the head is computed now
+        sampling = [request for wanted in asked for _, request in wanted.sampling]
         if sampling:
-            logits = self.model.head(rows[: len(sampling)], step)
+            last = torch.cat([x[: len(wanted.sampling)] for x, wanted in zip(rows, asked, strict=True)])
+            logits = self.model.head(last, group)
             if logits is not None:
-                requests = [request for _, request in sampling]
-                chosen = sampler.sample(logits, requests)
-                result.sampled.update({r.id: token for r, token in zip(requests, chosen, strict=True)})
-        first = len(sampling)
-        for j in judged:
-            result.prompt_logprobs[j.request.id] = self._judge(j, rows[first : first + len(j.rows)], step)
-            first += len(j.rows)
+                chosen = sampler.sample(logits, sampling)
+                result.sampled.update({r.id: token for r, token in zip(sampling, chosen, strict=True)})
+        for x_TD, wanted in zip(rows, asked, strict=True):
+            first = len(wanted.sampling)
+            for j in wanted.judged:
+                judged = self._judge(j, x_TD[first : first + len(j.rows)], group)
+                result.prompt_logprobs.setdefault(j.request.id, []).extend(judged)
+                first += len(j.rows)
         return result
+
+    def _compute(self, batch: Batch, wanted: "_Asked") -> Tensor:
+        """Hidden states of the rows whose logits somebody asked for: of all rows only those leave their rank."""
+        group = self.collectives.group(batch.rows)
+        x_TD = self.model(self._step(batch, group))
+        return group.gather_rows(x_TD, wanted.rows)
 
     def _step(self, batch: Batch, group: Group) -> Step:
         """Positions, cache slots and pages of every row, from plain lists to tensors once."""
@@ -103,14 +114,14 @@ class Runner:
         interleaved = self.model.config.rope_interleave
         return Rotary(self.cos[positions_T, None], self.sin[positions_T, None], interleaved)
 
-    def _judge(self, judged: "_Judged", rows: Tensor, step: Step) -> list[dict[int, float] | None]:
+    def _judge(self, judged: "_Judged", rows: Tensor, group: Group) -> list[dict[int, float] | None]:
         """What the model thought of the prompt tokens that follow these rows."""
         # Nothing comes before the first token.
         found: list[dict[int, float] | None] = [None] if judged.begins else []
         count = judged.request.params.prompt_logprobs or 0
         for first in range(0, len(judged.following), PROMPT_LOGPROBS_ROWS):
             chosen = judged.following[first : first + PROMPT_LOGPROBS_ROWS]
-            logits = self.model.head(rows[first : first + len(chosen)], step)
+            logits = self.model.head(rows[first : first + len(chosen)], group)
             if logits is not None:
                 found += sampler.top_logprobs(logits, chosen, [count] * len(chosen))
         return found
@@ -126,8 +137,20 @@ class _Judged:
     following: list[int]
 
 
-def _asked(batch: Batch) -> tuple[list[tuple[int, Request]], list[_Judged]]:
+@dataclass(frozen=True)
+class _Asked:
     """The rows of a batch whose logits are wanted: of requests that sample, and of prompts that are judged."""
+
+    sampling: list[tuple[int, Request]]
+    judged: list[_Judged]
+
+    @property
+    def rows(self) -> list[int]:
+        """First those that sample."""
+        return [row for row, _ in self.sampling] + [row for j in self.judged for row in j.rows]
+
+
+def _asked(batch: Batch) -> _Asked:
     sampling, judged, first = [], [], 0
     for part in batch.slices:
         request, length = part.request, part.request.prompt_length
@@ -137,7 +160,7 @@ def _asked(batch: Batch) -> tuple[list[tuple[int, Request]], list[_Judged]]:
         first += part.count
         if part.samples:
             sampling.append((first - 1, request))
-    return sampling, judged
+    return _Asked(sampling, judged)
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

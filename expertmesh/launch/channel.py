@@ -27,21 +27,32 @@ class ChannelClosed(ConnectionError):
 class Channel:
     """Sends and receives messages. Takes over a connected socket (AF_UNIX or TCP) and makes it blocking.
 
-    Any thread may send; one at a time may receive.
+    Any thread may send; one at a time may receive. limit: bytes of a message, also of one that is received.
     """
 
     def __init__(self, connection: socket.socket, limit: int = MAX_MESSAGE) -> None:
         connection.setblocking(True)
         self._socket = connection
-        self._limit = min(limit, MAX_MESSAGE)
+        self.limit = min(limit, MAX_MESSAGE)
         self._sending = threading.Lock()
 
     def bound_sending(self, seconds: float) -> None:
         """From now on a message that the other side does not take for so long is given up, and the channel closed."""
+        self._bound(socket.SO_SNDTIMEO, seconds)
+
+    def bound_receiving(self, seconds: float) -> None:
+        """From now on a message that does not come for so long closes the channel; 0: wait for ever."""
+        self._bound(socket.SO_RCVTIMEO, seconds)
+
+    @property
+    def address(self) -> str:
+        """This end's address, "" where it has none."""
+        name = self._socket.getsockname()
+        return str(name[0]) if self._socket.family == socket.AF_INET else ""
+
+    def _bound(self, option: int, seconds: float) -> None:
         whole, rest = divmod(seconds, 1)
-        self._socket.setsockopt(
-            socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(whole), int(rest * 1e6))
-        )
+        self._socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", int(whole), int(rest * 1e6)))
 
     def send(self, message: object, descriptors: Sequence[int] = ()) -> None:
         """Send a message, and behind it copies of open descriptors (AF_UNIX only), which the other side must take
@@ -51,8 +62,8 @@ class Channel:
         ChannelClosed: it did not get through. What has arrived here can still be received.
         """
         body = msgpack.packb(message)
-        if len(body) > self._limit:
-            raise ValueError(f"a message of {len(body)} bytes is above the channel's limit of {self._limit}")
+        if len(body) > self.limit:
+            raise ValueError(f"a message of {len(body)} bytes is above the channel's limit of {self.limit}")
         with self._sending:
             try:
                 self._socket.sendall(HEADER.pack(len(body)) + body)
@@ -73,10 +84,10 @@ class Channel:
         between two messages leaves the channel as it was; in the middle of one it closes it.
         """
         (size,) = HEADER.unpack(self._read(HEADER.size))
-        if size > self._limit:
+        if size > self.limit:
             self.close()
             raise ValueError(
-                f"a message of {size} bytes arrives, above the channel's limit of {self._limit}; closed"
+                f"a message of {size} bytes arrives, above the channel's limit of {self.limit}; closed"
             )
         return msgpack.unpackb(self._read(size, begun=True), strict_map_key=False)
 

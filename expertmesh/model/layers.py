@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
+from expertmesh.comm.base import Group
 from expertmesh.kernels import Kernels
 from expertmesh.model.step import Step
 from expertmesh.weights import Shard
@@ -75,9 +76,9 @@ class Head:
     def __init__(self, weight_VD: Tensor, kernels: Kernels) -> None:
         self.weight, self.kernels = weight_VD, kernels
 
-    def __call__(self, x_TD: Tensor, step: Step) -> Tensor | None:
+    def __call__(self, x_TD: Tensor, tp: Group) -> Tensor | None:
         """On the group's first rank, which samples; the others send it their part."""
-        logits = step.tp.gather_columns(self.kernels.linear(x_TD, self.weight))
+        logits = tp.gather_columns(self.kernels.linear(x_TD, self.weight))
         return None if logits is None else logits.float()
 
 

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from expertmesh import EngineConfig, InputError, Output, SamplingParams
 from expertmesh.engine.engine import Engine
+from expertmesh.engine.plan import Plan
 from expertmesh.request import Batch, Sampled, StepResult
 from tests.support.files import TINY, random_tensors, write_tokenizer
 from tests.support.oracle import logits_of
@@ -219,8 +220,8 @@ def test_abort_of_one_leaves_the_pages_that_another_shares(engine: Engine, alone
 def test_abort_during_a_step(engine: Engine, alone: Alone, monkeypatch: pytest.MonkeyPatch) -> None:
     real = engine.ranks.run
 
-    def run_and_abort(batches: Sequence[Batch]) -> list[StepResult]:
-        results = real(batches)
+    def run_and_abort(batches: Sequence[Batch], plan: Plan) -> list[StepResult]:
+        results = real(batches, plan)
         engine.abort("a")
         return results
 
@@ -234,7 +235,7 @@ def test_abort_during_a_step(engine: Engine, alone: Alone, monkeypatch: pytest.M
 def test_after_a_step_that_fails_requests_can_be_aborted_or_go_on(
     engine: Engine, alone: Alone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(batches: Sequence[Batch]) -> list[StepResult]:
+    def fail(batches: Sequence[Batch], plan: Plan) -> list[StepResult]:
         raise RuntimeError("broken on purpose")
 
     engine.submit(PROMPTS[3], GREEDY, "a")
@@ -309,7 +310,7 @@ class Scripted:
         self.tokens: list[int] = []
         self.engine.ranks.run = self.run  # type: ignore[method-assign]
 
-    def run(self, batches: Sequence[Batch]) -> list[StepResult]:
+    def run(self, batches: Sequence[Batch], plan: Plan) -> list[StepResult]:
         requests = [part.request for part in batches[0].slices if part.samples]
         return [StepResult({r.id: Sampled(self.tokens[r.output_length]) for r in requests})]
 

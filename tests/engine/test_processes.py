@@ -13,9 +13,10 @@ import pytest
 
 from expertmesh import LLM, SamplingParams, Topology
 from expertmesh.engine.processes import PRELOAD, ProcessRanks
-from expertmesh.engine.worker import ENDED
 from expertmesh.errors import RankFailure
+from expertmesh.launch.duty import ENDED
 from expertmesh.launch.forkserver import ForkServer
+from expertmesh.launch.launcher import Here
 from tests.support.files import TINY, random_checkpoint
 from tests.support.reference import Pair, check_outputs, engine, greedy, prompts_for
 
@@ -34,7 +35,9 @@ def fork_server() -> Iterator[ForkServer]:
 def llm(tiny_folder: Path, fork_server: ForkServer) -> Iterator[LLM]:
     """Two nodes of two cards, whose collectives wait 60 s."""
     topology = Topology(2, 2, 2)
-    with LLM(tiny_folder, topology=topology, ranks="processes", timeout=60, fork_server=fork_server) as llm:
+    with LLM(
+        tiny_folder, topology=topology, ranks="processes", timeout=60, launcher=Here(PRELOAD, fork_server)
+    ) as llm:
         yield llm
 
 
@@ -69,7 +72,9 @@ def test_processes_give_the_reference_tokens(
         "redundant": cluster[1] - 1,
         "page_size": 8,
     }
-    with engine(pair, ranks="processes", cache_tokens=240, fork_server=fork_server, **options) as llm:
+    with engine(
+        pair, ranks="processes", cache_tokens=240, launcher=Here(PRELOAD, fork_server), **options
+    ) as llm:
         outputs = llm.generate(
             prompts_for(pair.vocabulary, (1, 5, 33, 80)), greedy(pair.vocabulary, 24, prompt=True)
         )
@@ -80,7 +85,9 @@ def test_64_processes_give_the_tokens_of_one_rank(fork_server: ForkServer) -> No
     params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
     prompts = ["Once upon a time", "class Stack:\n"]
     alone = LLM(dtype="float32").generate(prompts, params)
-    with LLM(dtype="float32", topology=Topology(8, 8), ranks="processes", fork_server=fork_server) as llm:
+    with LLM(
+        dtype="float32", topology=Topology(8, 8), ranks="processes", launcher=Here(PRELOAD, fork_server)
+    ) as llm:
         assert len(set(pids(llm))) == 64
         assert [o.token_ids for o in llm.generate(prompts, params)] == [o.token_ids for o in alone]
 
@@ -91,7 +98,9 @@ def test_threads_and_processes_give_the_same_bits_and_send_the_same_bytes(
     pair = pair_of("v3_eight_groups")
     found = []
     for ranks in ("threads", "processes"):
-        with engine(pair, topology=Topology(2, 4, 2), ranks=ranks, fork_server=fork_server) as llm:
+        with engine(
+            pair, topology=Topology(2, 4, 2), ranks=ranks, launcher=Here(PRELOAD, fork_server)
+        ) as llm:
             outputs = llm.generate(prompts_for(pair.vocabulary, (3, 20, 7)), greedy(pair.vocabulary, 8))
             sent = [
                 ({k: v.tolist() for k, v in s.bytes.items()}, {k: v.tolist() for k, v in s.messages.items()})
@@ -134,20 +143,22 @@ def test_a_rank_killed_while_idle_is_named_at_the_next_step(llm: LLM) -> None:
 def test_a_rank_that_raises_is_named_with_what_it_raised(llm: LLM) -> None:
     ranks, processes = llm.engine.ranks, pids(llm)
     assert isinstance(ranks, ProcessRanks)
-    step = {"do": "step", "batch": {"ended": [], "slices": []}}
+    step = {"do": "step", "batch": {"ended": [], "slices": []}, "plan": {}}
     with pytest.raises(
         RankFailure, match=r"rank 1 \(node 0, card 1\) .* failed in .*ValueError: no such message: nonsense"
     ):
-        ranks._ask([step, {"do": "nonsense"}, step, step])
+        ranks.crew.ask([step, {"do": "nonsense"}, step, step])
     wait_until_gone(processes)
-    assert {p.poll() for p in ranks._processes} == {ENDED}
+    assert {m.wait(0) for m in ranks.crew.members} == {ENDED}
 
 
 def test_a_stopped_rank_is_named_when_it_has_not_answered_for_long(
     tiny_folder: Path, fork_server: ForkServer
 ) -> None:
     topology = Topology(2, 2, 2)
-    with LLM(tiny_folder, topology=topology, ranks="processes", timeout=2, fork_server=fork_server) as llm:
+    with LLM(
+        tiny_folder, topology=topology, ranks="processes", timeout=2, launcher=Here(PRELOAD, fork_server)
+    ) as llm:
         processes = pids(llm)
         os.kill(processes[1], signal.SIGSTOP)
         with pytest.raises(RankFailure, match=r"rank 1 .* does not answer any more in step 1, for 2 s now"):
@@ -190,14 +201,15 @@ def test_a_rank_that_computes_for_longer_than_the_timeout_has_not_failed(
 ) -> None:
     """One rank comes late to a collective in which the other one waits for it."""
     topology = Topology(2, 1, 1)
-    with LLM(tiny_folder, topology=topology, ranks="processes", timeout=1, fork_server=fork_server) as llm:
+    with LLM(
+        tiny_folder, topology=topology, ranks="processes", timeout=1, launcher=Here(PRELOAD, fork_server)
+    ) as llm:
         ranks = llm.engine.ranks
         assert isinstance(ranks, ProcessRanks)
-        step = {"do": "step", "batch": {"ended": [], "slices": []}}
-        ranks._processes[1].channel.send(step)
+        step = {"do": "step", "batch": {"ended": [], "slices": []}, "plan": {}}
+        ranks.crew.members[1].channel.send(step)
         time.sleep(3)
-        ranks._processes[0].channel.send(step)
-        assert len(ranks._gather("done")) == 2
+        assert len(ranks.crew.ask([step, {"do": "loads"}])) == 2
 
 
 @pytest.mark.parametrize(
@@ -209,7 +221,7 @@ def test_a_model_without_expert_layers(
 ) -> None:
     random_checkpoint(tmp_path, TINY | changes)
     expected = LLM(tmp_path).generate([[5, 6, 7]], SHORT)[0].token_ids
-    with LLM(tmp_path, topology=Topology(2, 2, 2), ranks=ranks, fork_server=fork_server) as llm:
+    with LLM(tmp_path, topology=Topology(2, 2, 2), ranks=ranks, launcher=Here(PRELOAD, fork_server)) as llm:
         assert llm.generate([[5, 6, 7]], SHORT)[0].token_ids == expected
         assert llm.engine.ranks.loads() == {}
 
@@ -226,11 +238,15 @@ def test_parameters_of_any_size_harm_nobody(llm: LLM) -> None:
 def test_a_rank_that_does_not_read_is_named(tiny_folder: Path, fork_server: ForkServer) -> None:
     """A message larger than the socket's buffers, to a rank that is stopped."""
     with LLM(
-        tiny_folder, topology=Topology(1, 2), ranks="processes", timeout=1, fork_server=fork_server
+        tiny_folder,
+        topology=Topology(1, 2),
+        ranks="processes",
+        timeout=1,
+        launcher=Here(PRELOAD, fork_server),
     ) as llm:
         ranks, processes = llm.engine.ranks, pids(llm)
         assert isinstance(ranks, ProcessRanks)
         os.kill(processes[1], signal.SIGSTOP)
         with pytest.raises(RankFailure, match=r"rank 1 .* does not answer any more"):
-            ranks._ask([{"do": "reset", "padding": bytes(20_000_000)}] * 2)
+            ranks.crew.ask([{"do": "reset", "padding": bytes(20_000_000)}] * 2)
         wait_until_gone(processes)

@@ -124,11 +124,11 @@ def test_a_rank_that_hangs_is_named_when_the_others_give_up(
         assert isinstance(ranks, ThreadRanks)
         run = ranks.runners[3].run
 
-        def hang(batch: Any) -> Any:
+        def hang(*work: Any) -> Any:
             ranks._world.turn.release()
             go.wait(60)
             ranks._world.turn.acquire()
-            return run(batch)
+            return run(*work)
 
         monkeypatch.setattr(ranks.runners[3], "run", hang)
         with pytest.raises(RankFailure, match=r"rank 3 .* has been computing step 1 for so long"):

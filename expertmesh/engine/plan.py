@@ -1,0 +1,104 @@
+"""How all ranks compute the next step: in one piece, or in two micro-batches of which one computes while the rows of
+the other travel. No torch."""
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+from expertmesh.request import Batch, Slice
+
+TRIALS = 3  # steps of either kind before one is preferred
+AGAIN = 100  # steps until the other kind is tried again: it may cost twice as much, and then 1% is lost
+KEPT = 5  # steps that a judgement is based on
+PIECE = 1 << 15  # bytes of a rank's rows in one piece of the exchange
+MOST_PIECES = 4  # more of them cost more time than they hide
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The same for all ranks. micro_batches: 1 or 2; pieces: of a rank's rows in the exchange."""
+
+    micro_batches: int = 1
+    pieces: int = 1
+
+
+def pieces_of(rows: int, row_bytes: int) -> int:
+    """Pieces of the exchange for so many rows of a rank."""
+    return min(MOST_PIECES, max(1, rows * row_bytes // PIECE))
+
+
+class Planner:
+    """Decides before each step, and learns from how long it took.
+
+    Cutting a step hides the time on the wire behind the computation, and makes that longer: the weights are read
+    twice, and every matrix product is smaller. Which of both is more depends on the model, the links and the number of
+    rows, so "auto" tries both on steps of about the same size and keeps to the faster one.
+    """
+
+    def __init__(self, mode: str, row_bytes: int, wire: bool) -> None:
+        """mode: auto, on or off; row_bytes: of a hidden state; wire: whether rows travel to other nodes at all."""
+        self._mode, self._row_bytes, self._wire = mode, row_bytes, wire
+        self._seen: dict[tuple[int, int], _Seen] = {}
+
+    def plan(self, batches: Sequence[Batch], ranks_of_group: int) -> Plan:
+        rows = max(batch.rows for batch in batches)
+        pieces = pieces_of(-(-rows // ranks_of_group), self._row_bytes) if self._wire else 1
+        if self._mode == "off" or rows < 2 or (self._mode == "auto" and not self._wire):
+            return Plan(1, pieces)
+        if self._mode == "on":
+            return Plan(2, pieces)
+        return Plan(self._seen.setdefault(_kind(batches), _Seen()).choose(), pieces)
+
+    def took(self, batches: Sequence[Batch], plan: Plan, seconds: float) -> None:
+        """A step has been computed."""
+        if (seen := self._seen.get(_kind(batches))) is not None:
+            seen.add(plan.micro_batches, seconds / max(batch.rows for batch in batches))
+
+
+def _kind(batches: Sequence[Batch]) -> tuple[int, int]:
+    """Steps of one kind take about the same time per row: half octaves of the rows, and of those that decode."""
+    rows = max(batch.rows for batch in batches)
+    decoding = max(sum(s.count == 1 for s in batch.slices) for batch in batches)
+    return round(2 * math.log2(rows)) if rows else -1, round(2 * math.log2(decoding)) if decoding else -1
+
+
+class _Seen:
+    """Seconds per row of the last steps of one kind, by the number of micro-batches."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, deque[float]] = {1: deque(maxlen=KEPT), 2: deque(maxlen=KEPT)}
+        self._steps = 0
+
+    def choose(self) -> int:
+        fewest = min((1, 2), key=lambda n: len(self._seconds[n]))
+        if len(self._seconds[fewest]) < TRIALS:
+            return fewest
+        faster = min((1, 2), key=lambda n: median(self._seconds[n]))
+        return 3 - faster if self._steps % AGAIN == 0 else faster
+
+    def add(self, micro_batches: int, seconds: float) -> None:
+        self._steps += 1
+        self._seconds[micro_batches].append(seconds)
+
+
+def cut(batch: Batch) -> tuple[Batch, Batch]:
+    """Two micro-batches of as many rows. The second may go on in a request whose beginning is in the first: in every
+    layer that has been written to the cache before."""
+    left = -(-batch.rows // 2)
+    first: list[Slice] = []
+    second: list[Slice] = []
+    for part in batch.slices:
+        here = min(left, part.count)
+        left -= here
+        if here:
+            first.append(replace(part, count=here))
+        if here < part.count:
+            second.append(replace(part, start=part.start + here, count=part.count - here))
+    return _ordered(first), _ordered(second)
+
+
+def _ordered(slices: list[Slice]) -> Batch:
+    """Slices of one row first: a cut may have left one at the end."""
+    return Batch(tuple(sorted(slices, key=lambda s: s.count > 1)))

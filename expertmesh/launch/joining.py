@@ -1,0 +1,179 @@
+"""Ranks that come to their driver over a network: where they call, and who does not come."""
+
+import contextlib
+import importlib
+import os
+import platform
+import secrets
+import selectors
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from expertmesh.errors import InputError, RankFailure
+from expertmesh.launch.channel import MAX_MESSAGE, Channel, ChannelClosed
+from expertmesh.launch.launcher import Spec
+
+FIRST_MESSAGE = 4096  # bytes: more is not read of who may be a stranger
+# What a driver may let a rank run.
+PROGRAMS = ("expertmesh.engine.worker:serve_rank", "expertmesh.bench.exchange:serve_rank")
+RETRY = 0.2  # seconds
+
+
+def software() -> dict[str, str]:
+    """What has to be the same on all machines of a cluster."""
+    found = {"python": platform.python_version()}
+    return found | {name: version(name) for name in ("expertmesh", "torch")}
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A rank that has come."""
+
+    rank: int
+    host: str
+    pid: int
+    channel: Channel
+
+
+class Reception:
+    """Where the ranks call, on the driver's machine."""
+
+    def __init__(self, address: str, token: str | None = None) -> None:
+        """InputError where the address is none of this machine's."""
+        self.token = token or secrets.token_hex(16)
+        self._socket = socket.socket()
+        try:
+            self._socket.bind((address, 0))
+        except OSError as error:
+            self._socket.close()
+            raise InputError(f"{address} is no address of this machine: {error.strerror}") from None
+        self._socket.listen(4096)
+        self.address, self.port = self._socket.getsockname()
+
+    def receive(
+        self, ranks: int, timeout: float, ended: Callable[[], str | None], name: Callable[[int], str]
+    ) -> list[Arrival]:
+        """All ranks, in their order. RankFailure names those that have not come in time, also to those that have.
+
+        ended: what has ended meanwhile of those that were started from here, if anything. name: of a rank in messages.
+        """
+        found: dict[int, Arrival] = {}
+        end = time.monotonic() + timeout
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._socket, selectors.EVENT_READ)
+            while len(found) < ranks:
+                left = end - time.monotonic()
+                problem = ended() or (_absent(ranks, found, timeout, name, self) if left <= 0 else None)
+                if problem:
+                    dismiss(list(found.values()), problem)
+                    raise RankFailure(problem)
+                if selector.select(min(left, RETRY)):
+                    connection, _ = self._socket.accept()
+                    arrival = self._hear(connection)
+                    if isinstance(arrival, str):
+                        dismiss(list(found.values()), arrival)
+                        raise RankFailure(arrival)
+                    if arrival is not None and arrival.rank < ranks and arrival.rank not in found:
+                        found[arrival.rank] = arrival
+                    elif arrival is not None:
+                        arrival.channel.close()
+        return [found[rank] for rank in range(ranks)]
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _hear(self, connection: socket.socket) -> Arrival | str | None:
+        """Who calls; None for a stranger, a message for a rank that does not fit to this driver."""
+        channel = Channel(connection, FIRST_MESSAGE)
+        try:
+            channel.bound_receiving(5.0)
+            hello = channel.receive()
+            channel.bound_receiving(0.0)
+            if not secrets.compare_digest(str(hello["token"]), self.token):
+                raise ValueError("a wrong token")
+            rank, host, pid, theirs = hello["rank"], hello["host"], hello["pid"], hello["software"]
+        except (ChannelClosed, ValueError, KeyError, TypeError):
+            channel.close()
+            return None
+        if theirs != (ours := software()):
+            return (
+                f"rank {rank} on {host} runs {_listed(theirs)}, the driver on {socket.gethostname()} {_listed(ours)}; "
+                "install the same on all machines"
+            )
+        channel.limit = MAX_MESSAGE
+        return Arrival(rank, host, pid, channel)
+
+
+def dismiss(arrivals: list[Arrival], why: str) -> None:
+    """Tell ranks that have come why there is nothing to do."""
+    for arrival in arrivals:
+        with contextlib.suppress(ChannelClosed):
+            arrival.channel.send({"because": why})
+        arrival.channel.close()
+
+
+def _absent(
+    ranks: int, found: dict[int, Arrival], timeout: float, name: Callable[[int], str], reception: Reception
+) -> str:
+    absent = [rank for rank in range(ranks) if rank not in found]
+    more = f" and {len(absent) - 4} more" if len(absent) > 4 else ""
+    return (
+        f"{', '.join(name(rank) for rank in absent[:4])}{more} did not come within {timeout:g} s: the driver on "
+        f"{socket.gethostname()} waits at {reception.address}:{reception.port}; {len(found)} of {ranks} ranks are there"
+    )
+
+
+def _listed(software: Any) -> str:
+    return ", ".join(f"{k} {v}" for k, v in dict(software).items())
+
+
+def join(address: tuple[str, int], token: str, rank: int, timeout: float, source: str = "") -> Channel:
+    """Come to the driver as this rank; source: address of the interface to take. RankFailure where it cannot be
+    reached within `timeout` seconds."""
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            connection = socket.create_connection(address, max(0.1, end - time.monotonic()), (source, 0))
+            break
+        except OSError as error:
+            if time.monotonic() + RETRY > end:
+                raise RankFailure(
+                    f"rank {rank} on {socket.gethostname()} cannot reach the driver at {address[0]}:{address[1]} "
+                    f"within {timeout:g} s: {error.strerror or error}"
+                ) from None
+            time.sleep(RETRY)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    channel = Channel(connection)
+    hello = {
+        "token": token,
+        "rank": rank,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "software": software(),
+    }
+    channel.send(hello)
+    return channel
+
+
+def serve(channel: Channel, rank: int, timeout: float, local: Spec) -> None:
+    """Do what the driver has this rank do, until it ends this process. local: what this machine says of the spec.
+    RankFailure where the driver has no use for it."""
+    try:
+        channel.bound_receiving(2 * timeout)
+        order = channel.receive()
+        channel.bound_receiving(0.0)
+    except ChannelClosed as error:
+        raise RankFailure(
+            f"rank {rank} on {socket.gethostname()} waited for the other ranks, and lost the driver: {error}"
+        ) from None
+    if "because" in order:
+        raise RankFailure(order["because"])
+    if order["program"] not in PROGRAMS:
+        raise RankFailure(f"the driver asks for {order['program']!r}, which no rank runs")
+    module, _, function = order["program"].partition(":")
+    spec = order["spec"] | {"address": channel.address} | local
+    getattr(importlib.import_module(module), function)(spec, channel)
