@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": "let the demo model write in each of its domains",
     "bench": "measure: `expertmesh bench engine`, `expertmesh bench exchange`",
     "memory": "static memory of a rank by kind, for one layout or several",
+    "emulate": "run a command on a cluster of machines emulated on this one",
     "doctor": "show devices, kernels, compiler and network",
 }
 
@@ -29,12 +30,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[:1] == [name]:  # importing a command imports torch: only the one that runs
             module = importlib.import_module(f"expertmesh.commands.{name}")
             module.add_arguments(command)
-            command.set_defaults(run=module.run)
+            command.set_defaults(run=module.run, commands=tuple(COMMANDS))
     args = parser.parse_args(arguments)
     from expertmesh.errors import InputError, RankFailure
 
     try:
-        code: int = args.run(args)
+        code: int | None = None
+        if getattr(args, "clustered", False):
+            code = importlib.import_module("expertmesh.commands.cluster").take_part(args)
+        if code is None:
+            code = args.run(args)
         sys.stdout.flush()
         return code
     except InputError as error:
