@@ -110,10 +110,11 @@ def test_imports_go_down_the_map_only() -> None:
 
 
 def test_no_import_is_hidden_from_the_search() -> None:
-    """Three import by name: the package what it is asked for, the command line the command that runs, and a process
-    that was forked its program."""
+    """Four import by name: the package what it is asked for, the command line the command that runs, a process that was
+    forked its program, and one that has joined a driver one of a few."""
     found = {name for name, source in SOURCES.items() if uses(name, source, DYNAMIC)}
-    assert found == {"expertmesh.__init__", "expertmesh.cli", "expertmesh.launch.forkserver"}
+    modules = {"__init__", "cli", "launch.forkserver", "launch.joining"}
+    assert found == {f"expertmesh.{name}" for name in modules}
 
 
 def test_the_command_line_starts_without_torch() -> None:
@@ -135,8 +136,9 @@ def test_no_torch_where_the_work_is_planned(name: str) -> None:
 
 
 def test_only_the_command_line_reads_the_environment() -> None:
-    """And a process that was forked sets its own."""
-    sources = {n: s for n, s in SOURCES.items() if n.split(".")[1] not in ("cli", "commands", "launch")}
+    """And processes that are started get their own."""
+    own = ("cli", "commands", "launch", "emulation")
+    sources = {n: s for n, s in SOURCES.items() if n.split(".")[1] not in own}
     assert [line for name, source in sources.items() for line in uses(name, source, ENVIRONMENT)] == []
 
 

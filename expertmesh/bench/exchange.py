@@ -1,160 +1,119 @@
-"""Bytes, messages and time of the exchange by each algorithm, on routing of a given shape, without a model.
+"""Bytes, messages and time of the exchange by each algorithm, without a model.
 
 Experts are replaced by their weights alone, so that what comes back is known: each row times the sum of its weights.
 """
 
-import selectors
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from expertmesh.bench.gloo import NAME as PLAIN_COLLECTIVE
+from expertmesh.bench.gloo import GlooComm
+from expertmesh.bench.workload import Workload, predict
 from expertmesh.comm.base import Comm
 from expertmesh.comm.exchange import TieredExchange
 from expertmesh.comm.local import LocalWorld
-from expertmesh.comm.process import ENVIRONMENT, ProcessComm, host_store
-from expertmesh.engine.checkpoint import free_memory
-from expertmesh.engine.ranks import MOST_RANKS
-from expertmesh.errors import InputError, RankFailure
-from expertmesh.kernels import Routing
-from expertmesh.kernels.reference import route
-from expertmesh.launch.channel import Channel, ChannelClosed
-from expertmesh.launch.forkserver import ForkServer
-from expertmesh.mesh.placement import Placement, default_placement
-from expertmesh.mesh.topology import Topology
-from expertmesh.mesh.traffic import Traffic, algorithm, traffic
+from expertmesh.comm.process import ProcessComm
+from expertmesh.comm.seat import Seat
+from expertmesh.engine.processes import introduce
+from expertmesh.launch.channel import Channel
+from expertmesh.launch.crew import Crew
+from expertmesh.launch.duty import Duty
+from expertmesh.launch.interfaces import Counters, interface_of, is_loopback
+from expertmesh.launch.launcher import Launcher
+from expertmesh.mesh.traffic import Phase, Traffic, algorithm
 
-PLAIN = "bfloat16"
-
-
-@dataclass(frozen=True)
-class Workload:
-    """One layer's exchange. The defaults are DeepSeek-V3's."""
-
-    nodes: int = 8
-    cards: int = 8
-    tokens: int = 64
-    hidden: int = 7168
-    experts: int = 256
-    groups: int = 8
-    groups_per_token: int = 4
-    experts_per_token: int = 8
-    redundant: int = 0
-    seed: int = 0
-    rounds: int = 3
-    timeout: float = 300.0
-
-    def check(self) -> None:
-        """InputError where this cannot be run."""
-        for name in self.__dataclass_fields__:
-            low = int(name not in ("redundant", "seed"))
-            if not low <= getattr(self, name) <= 1 << 31:
-                raise InputError(f"{name} is {getattr(self, name)}, but must be from {low} to {1 << 31}")
-        if self.experts % self.groups:
-            raise InputError(f"{self.groups} groups do not divide {self.experts} experts")
-        if self.groups_per_token > self.groups:
-            raise InputError(f"{self.groups_per_token} groups a token, but there are {self.groups}")
-        if self.topology.ranks > MOST_RANKS:
-            raise InputError(f"{self.topology.ranks} ranks on one machine; at most {MOST_RANKS} are possible")
-        if self.experts_per_token > self.experts // self.groups * self.groups_per_token:
-            raise InputError(
-                f"{self.groups_per_token} groups hold fewer than {self.experts_per_token} experts"
-            )
-        # The flat algorithm holds a copy of a row for every choice, packed, on its way and as a result.
-        wanted = self.topology.ranks * self.tokens * self.hidden * self.experts_per_token * 2 * 5
-        if wanted > (free := free_memory()):
-            raise InputError(
-                f"{self.topology.ranks} ranks with {self.tokens} rows each need about {wanted / 1e9:.1f} GB, and "
-                f"{free / 1e9:.1f} GB are free here; take fewer ranks, tokens or hidden"
-            )
-        _ = self.placement  # refuses what has no room
-
-    @property
-    def topology(self) -> Topology:
-        return Topology(self.nodes, self.cards, 1)
-
-    @cached_property
-    def placement(self) -> Placement:
-        return default_placement(self.experts, [0], self.topology, self.redundant)
-
-    def routed(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Experts and weights of a rank's rows: scores uniform in (0, 1), chosen by the model's own rule."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + rank)
-        scores = torch.rand(self.tokens, self.experts, generator=generator).clamp(1e-6, 1 - 1e-6)
-        routing = Routing(
-            self.experts_per_token, self.groups, self.groups_per_token, "noaux_tc", "sigmoid", True, 2.5
-        )
-        return route(scores.logit(), None, routing)
-
-    def rows(self, rank: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + rank + 500_000)
-        return torch.randn(self.tokens, self.hidden, generator=generator).to(torch.bfloat16)
+PHASES: tuple[Phase, ...] = ("dispatch", "combine")
+PRELOAD = ("torch", "numpy", "greenlet", "expertmesh.bench.exchange")
+PROGRAM = "expertmesh.bench.exchange:serve_rank"
 
 
-def predict(workload: Workload, name: str) -> Traffic:
-    """What `mesh.traffic` says of an algorithm."""
-    topology, placement = workload.topology, workload.placement
-    choices = placement.choices(0, topology)
-    slots = [choices[rank][workload.routed(rank)[0].numpy()] for rank in range(topology.ranks)]
-    return traffic(slots, topology, placement.slots_per_rank, workload.hidden, PLAIN, algorithm(name))
+class Rank:
+    """What one rank measures. interface: counts the bytes of its node, None where there is no such thing."""
 
+    def __init__(
+        self, comm: Comm, workload: Workload, interface: str | None = None, plain: Comm | None = None
+    ) -> None:
+        """plain: the transport of the plain collective."""
+        self.comm, self.workload, self.plain = comm, workload, plain
+        self.interface = interface if comm.topology.card_of(comm.rank) == 0 else None
+        self._x, self._routed = workload.rows(comm.rank), workload.routed(comm.rank)
 
-def measure_rank(comm: Comm, workload: Workload, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What one rank sees, by algorithm: its bytes and messages per phase to every rank, the seconds of each phase
-    in every round, and how far the rows that came back are from what they should be."""
-    x, (experts, weights) = workload.rows(comm.rank), workload.routed(comm.rank)
-    expected = x.float() * weights.sum(-1, keepdim=True)
-    out = {}
-    for name in names:
-        exchange = TieredExchange(comm, workload.placement, algorithm(name))
-        seconds: dict[str, list[float]] = {"dispatch": [], "combine": []}
+    def measure(self, name: str) -> dict[str, Any]:
+        """Bytes and messages per phase to every rank, what the interface sent and the seconds of each phase in every
+        round, and how far the rows that came back are from what they should be."""
+        workload, (experts, weights) = self.workload, self._routed
+        comm, how = self.comm, algorithm("flat" if name == PLAIN_COLLECTIVE else name)
+        if name == PLAIN_COLLECTIVE:
+            assert self.plain is not None
+            comm = self.plain
+        exchange = TieredExchange(comm, workload.placement, how, workload.cut if comm is self.comm else 1)
+        seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
+        counters: dict[str, list[list[int]]] = {phase: [] for phase in PHASES}
         for _ in range(workload.rounds):
             comm.sent.clear()
-            _meet(comm)
-            start = time.perf_counter()
-            received = exchange.dispatch(0, x, experts, weights)
-            _meet(comm)
-            seconds["dispatch"].append(time.perf_counter() - start)
-            y = (received.x_RD.float() * received.weights_RK.sum(-1, keepdim=True)).to(x.dtype)
-            _meet(comm)
-            start = time.perf_counter()
-            back = exchange.combine(y, received)
-            _meet(comm)
-            seconds["combine"].append(time.perf_counter() - start)
-        out[name] = {
-            "bytes": {k: v.tolist() for k, v in comm.sent.bytes.items() if k != "attention"},
-            "messages": {k: v.tolist() for k, v in comm.sent.messages.items() if k != "attention"},
+            with _Timed(self, seconds["dispatch"], counters["dispatch"]):
+                received = exchange.dispatch(0, self._x, experts, weights)
+            y = (received.x_RD.float() * received.weights_RK.sum(-1, keepdim=True)).to(self._x.dtype)
+            with _Timed(self, seconds["combine"], counters["combine"]):
+                back = exchange.combine(y, received)
+        expected = self._x.float() * weights.sum(-1, keepdim=True)
+        sent = comm.sent
+        return {
+            "bytes": {phase: sent.bytes[phase].tolist() for phase in PHASES},
+            "messages": {phase: sent.messages[phase].tolist() for phase in PHASES},
+            "interface": counters,
             "seconds": seconds,
             "error": float((back.float() - expected).norm() / expected.norm()),
         }
-    return out
+
+    def count(self) -> Counters:
+        return Counters.of(self.interface) if self.interface else Counters(0, 0)
 
 
-def _meet(comm: Comm) -> None:
-    """Wait until all ranks are here; its bytes are counted as attention's, which nothing else is here."""
-    ranks = comm.topology.all_ranks()
-    comm.exchange("attention", ranks, [torch.zeros(1, dtype=torch.uint8)] * len(ranks), [1] * len(ranks))
+class _Timed:
+    """Seconds from when all ranks are there until this one is through, and what the interface sends until all are."""
+
+    def __init__(self, rank: Rank, seconds: list[float], counters: list[list[int]]) -> None:
+        self._rank, self._seconds, self._counters = rank, seconds, counters
+
+    def __enter__(self) -> None:
+        meet(self._rank.comm)
+        self._before, self._start = self._rank.count(), time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds.append(time.perf_counter() - self._start)
+        meet(self._rank.comm)
+        sent = self._rank.count() - self._before
+        self._counters.append([sent.payload, sent.bytes])
 
 
-def bench_exchange(workload: Workload, names: Sequence[str], processes: bool) -> dict[str, Any]:
-    """The report of `expertmesh bench exchange`; bytes against `flat`, which is always measured."""
+def meet(comm: Comm) -> None:
+    """Wait until all ranks are here, in three small exchanges: in each node, across nodes, and in each node again.
+    Their bytes are counted as attention's, which nothing else is here."""
+    node, rail = comm.topology.node_ranks(comm.rank), comm.topology.rail_ranks(comm.rank)
+    for ranks in (node, rail, node):
+        comm.exchange("attention", ranks, [torch.zeros(1, dtype=torch.uint8)] * len(ranks), [1] * len(ranks))
+
+
+def bench_exchange(
+    workload: Workload, names: Sequence[str], launcher: Launcher | None = None
+) -> dict[str, Any]:
+    """The report of `expertmesh bench exchange`; everything against `flat`, which is always measured. launcher: starts
+    the ranks, which are then processes."""
     names = list(dict.fromkeys(["flat", *names]))
-    predicted = {name: predict(workload, name) for name in names}
-    ranks = _as_processes(workload, names) if processes else _as_threads(workload, names)
-    topology = workload.topology
-    nodes = np.arange(topology.ranks) // topology.cards_per_node
-    crosses = nodes[:, None] != nodes
-
-    def across(name: str, phase: str) -> int:
-        return int(np.array([rank[name]["bytes"][phase] for rank in ranks])[crosses].sum())
-
-    counted = {name: _phases(across(name, "dispatch"), across(name, "combine")) for name in names}
-    base = counted["flat"]["total"]
+    if launcher is not None:
+        ranks, rate = _as_processes(workload, names, launcher), launcher.rate
+    else:
+        ranks, rate = _as_threads(workload, names), None
+    predicted = {name: predict(workload, name) for name in names if name != PLAIN_COLLECTIVE}
+    measured = _Measured(workload, ranks)
+    counted = {name: measured.across(name) for name in names}
+    seconds = {name: measured.seconds(name) for name in names}
     return {
         "nodes": workload.nodes,
         "cards": workload.cards,
@@ -162,81 +121,133 @@ def bench_exchange(workload: Workload, names: Sequence[str], processes: bool) ->
         "hidden": workload.hidden,
         "experts": workload.experts,
         "redundant": workload.redundant,
-        "ranks": "processes" if processes else "threads",
+        "ranks": "processes" if launcher else "threads",
+        "link_bits_per_second": rate,
         "cross_node_bytes": counted,
         "predicted_cross_node_bytes": {
-            name: _phases(t.across("dispatch", topology), t.across("combine", topology))
-            for name, t in predicted.items()
+            name: _phases(*(t.across(phase, workload.topology) for phase in PHASES)) for name, t in predicted.items()
         },
-        "interface_bytes": None,
-        "messages": {name: _sum_phases([rank[name]["messages"] for rank in ranks]) for name in names},
-        "in_node_bytes": {
-            name: _phases(
-                *(
-                    int(np.array([r[name]["bytes"][p] for r in ranks]).sum()) - counted[name][p]
-                    for p in PHASES
-                )
-            )
-            for name in names
-        },
-        "seconds": {name: _seconds([rank[name]["seconds"] for rank in ranks]) for name in names},
-        "reduction": {name: 1 - counted[name]["total"] / base if base else 0.0 for name in names},
+        "interface_bytes": {name: measured.interface(name, 0) for name in names} if measured.has_interface else None,
+        "interface_bytes_with_headers": (
+            {name: measured.interface(name, 1) for name in names} if measured.has_interface else None
+        ),
+        "messages": {name: measured.messages(name) for name in names},
+        "in_node_bytes": {name: measured.in_node(name) for name in names},
+        "seconds": seconds,
+        "ideal_seconds": {
+            name: _phases(*(_ideal(t, phase, workload, rate) for phase in PHASES)) for name, t in predicted.items()
+        } if rate else None,
+        "reduction": {name: _less(c["total"], counted["flat"]["total"]) for name, c in counted.items()},
+        "time_reduction": {name: _less(s["total"], seconds["flat"]["total"]) for name, s in seconds.items()},
         "card_imbalance": predicted["flat"].imbalance,
         "relative_error": {name: max(rank[name]["error"] for rank in ranks) for name in names},
-    }
+    }  # fmt: skip
 
 
-PHASES = ("dispatch", "combine")
+class _Measured:
+    """What all ranks measured, together."""
+
+    def __init__(self, workload: Workload, ranks: list[dict[str, Any]]) -> None:
+        self._ranks = ranks
+        nodes = np.arange(workload.topology.ranks) // workload.topology.cards_per_node
+        self._crosses = nodes[:, None] != nodes
+
+    def _table(self, name: str, what: str, phase: str) -> "np.ndarray[Any, np.dtype[np.int64]]":
+        return np.array([rank[name][what][phase] for rank in self._ranks])
+
+    def across(self, name: str) -> dict[str, int]:
+        return _phases(*(int(self._table(name, "bytes", p)[self._crosses].sum()) for p in PHASES))
+
+    def in_node(self, name: str) -> dict[str, int]:
+        return _phases(*(int(self._table(name, "bytes", p)[~self._crosses].sum()) for p in PHASES))
+
+    def messages(self, name: str) -> dict[str, int]:
+        return _phases(*(int(self._table(name, "messages", p).sum()) for p in PHASES))
+
+    def seconds(self, name: str) -> dict[str, float]:
+        """Median over the rounds of the slowest rank."""
+        return _phases(*(float(np.median(self._table(name, "seconds", p).max(0))) for p in PHASES))
+
+    @property
+    def has_interface(self) -> bool:
+        return bool(self.interface("flat", 1)["total"])
+
+    def interface(self, name: str, which: int) -> dict[str, int]:
+        """Median over the rounds of what all nodes sent. which: 0 without headers, 1 with them."""
+        return _phases(
+            *(int(np.median(self._table(name, "interface", p)[:, :, which].sum(0))) for p in PHASES)
+        )
 
 
 def _phases(dispatch: Any, combine: Any) -> dict[str, Any]:
     return {"dispatch": dispatch, "combine": combine, "total": dispatch + combine}
 
 
-def _sum_phases(tables: list[dict[str, list[int]]]) -> dict[str, int]:
-    return _phases(*(sum(sum(table[phase]) for table in tables) for phase in PHASES))
+def _less(value: float, base: float) -> float:
+    return 1 - value / base if base else 0.0
 
 
-def _seconds(ranks: list[dict[str, list[float]]]) -> dict[str, float]:
-    """Median over the rounds of the slowest rank."""
-    slowest = (np.array([rank[phase] for rank in ranks]).max(0) for phase in PHASES)
-    return _phases(*(float(np.median(rounds)) for rounds in slowest))
+def _ideal(predicted: Traffic, phase: Phase, workload: Workload, rate: float) -> float:
+    """Seconds that the bytes of the busiest link take, headers not counted."""
+    bytes_RR = predicted.dispatch_RR if phase == "dispatch" else predicted.combine_RR
+    nodes, cards = workload.nodes, workload.cards
+    between = bytes_RR.reshape(nodes, cards, nodes, cards).sum((1, 3))
+    np.fill_diagonal(between, 0)
+    return float(max(between.sum(0).max(), between.sum(1).max())) * 8 / rate
 
 
 def _as_threads(workload: Workload, names: Sequence[str]) -> list[dict[str, Any]]:
-    world = LocalWorld(workload.topology, workload.timeout)
-    return world.run(lambda comm: measure_rank(comm, workload, names))
+    def program(comm: Comm) -> dict[str, Any]:
+        rank = Rank(comm, workload)
+        return {name: rank.measure(name) for name in names}
+
+    return LocalWorld(workload.topology, workload.timeout).run(program)
 
 
-def _as_processes(workload: Workload, names: Sequence[str]) -> list[dict[str, Any]]:
-    store = host_store()
-    common = {"workload": asdict(workload), "names": list(names), "port": store.port}
-    specs = [common | {"rank": rank} for rank in range(workload.topology.ranks)]
-    with ForkServer(("torch", "numpy", "expertmesh.bench.exchange")) as server:
-        program = "expertmesh.bench.exchange:serve_rank"
-        processes = server.start(program, specs, ENVIRONMENT)
-        found: dict[int, dict[str, Any]] = {}
-        with selectors.DefaultSelector() as selector:
-            for rank, process in enumerate(processes):
-                selector.register(process.channel, selectors.EVENT_READ, rank)
-            while len(found) < len(processes):
-                for event, _ in selector.select():
-                    rank = event.data
-                    try:
-                        found[rank] = processes[rank].channel.receive()
-                    except ChannelClosed:
-                        status = processes[rank].wait(1.0)
-                        raise RankFailure(
-                            f"rank {rank} ended with status {status} before it was done"
-                        ) from None
-                    selector.unregister(processes[rank].channel)
-        return [found[rank] for rank in range(len(processes))]
+def _as_processes(workload: Workload, names: Sequence[str], launcher: Launcher) -> list[dict[str, Any]]:
+    ranks = workload.topology.ranks
+    specs = [{"workload": asdict(workload), "rank": rank} for rank in range(ranks)]
+    crew = Crew(launcher, PROGRAM, specs, workload.topology, workload.timeout)
+    try:
+        introduce(crew)
+        found = [
+            crew.ask([{"do": "measure", "name": name}] * ranks, f"the measurement of {name}")
+            for name in names
+        ]
+    finally:
+        crew.close()
+    return [{name: one[rank] for name, one in zip(names, found, strict=True)} for rank in range(ranks)]
 
 
 def serve_rank(spec: dict[str, Any], channel: Channel) -> None:
     """One rank as a process."""
     torch.set_num_threads(1)
-    workload = Workload(**spec["workload"])
-    comm = ProcessComm(workload.topology, spec["rank"], spec["port"], workload.timeout)
-    channel.send(measure_rank(comm, workload, spec["names"]))
-    comm.close()
+    duty = Duty(spec, channel)
+    rank = _Process(spec)
+    duty.serve(rank.obey)
+
+
+class _Process:
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self._workload, self._address = Workload(**spec["workload"]), spec["address"]
+        topology, number = self._workload.topology, spec["rank"]
+        self._seat = Seat(topology, number, self._address, topology.all_ranks())
+        self._comm: ProcessComm | None = None
+        self._plain: Comm | None = None
+
+    def obey(self, message: dict[str, Any]) -> Any:
+        """Do what the message says; returns the answer."""
+        match message["do"]:
+            case "place":
+                return self._seat.place()
+            case "meet":
+                self._comm = self._seat.meet(message, self._workload.timeout, self._workload.timeout)
+                return None
+            case "measure":
+                assert self._comm is not None
+                if message["name"] == PLAIN_COLLECTIVE:
+                    self._plain = self._plain or GlooComm(self._comm, self._address, self._workload.timeout)
+                interface = None if is_loopback(self._address) else interface_of(self._address)
+                return Rank(self._comm, self._workload, interface, self._plain).measure(message["name"])
+            case other:
+                raise ValueError(f"no such message: {other}")

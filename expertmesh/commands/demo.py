@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from expertmesh.commands.options import PROMPTS, add_model, describe_layout, load_llm
+from expertmesh.commands.loading import add_model, describe_layout, load_llm
+from expertmesh.commands.options import PROMPTS
 from expertmesh.errors import InputError
 from expertmesh.llm import LLM
 from expertmesh.request import SamplingParams

@@ -6,13 +6,8 @@ import sys
 import time
 from typing import Any
 
-from expertmesh.commands.options import (
-    add_model,
-    add_sampling,
-    describe_traffic,
-    given_sampling,
-    load_llm,
-)
+from expertmesh.commands.loading import add_model, describe_traffic, load_llm
+from expertmesh.commands.options import add_sampling, given_sampling
 from expertmesh.errors import InputError
 from expertmesh.llm import LLM, Prompt
 from expertmesh.request import Output, SamplingParams

@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from expertmesh.commands.options import TOPOLOGY_OPTIONS, add_options, given_topology
+from expertmesh.commands.cluster import TOPOLOGY_OPTIONS, given_topology
+from expertmesh.commands.options import add_options
 from expertmesh.config import EngineConfig, ModelConfig, cache_bytes_per_token
 from expertmesh.errors import InputError
 from expertmesh.llm import demo_model

@@ -2,7 +2,7 @@
 
 import argparse
 
-from expertmesh.commands.options import add_model, load_llm
+from expertmesh.commands.loading import add_model, load_llm
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

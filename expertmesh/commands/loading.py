@@ -1,0 +1,83 @@
+"""A model loaded as the options say, and what is reported of it."""
+
+import argparse
+import sys
+
+import torch
+
+from expertmesh.comm.base import PURPOSES
+from expertmesh.commands.cluster import CLUSTER_OPTIONS, add_cluster, given_topology, launcher_of
+from expertmesh.commands.options import ENGINE_OPTIONS, add_options, given
+from expertmesh.engine.processes import PRELOAD
+from expertmesh.llm import LLM
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        nargs="?",
+        help="folder in the Hugging Face layout; without it, the demo model that ships with this",
+    )
+    parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32 or bfloat16")
+    group = parser.add_argument_group("engine (worked out where not given)")
+    add_options(group.add_argument, ENGINE_OPTIONS)
+    group.add_argument("--no-prefix-cache", action="store_true", help="compute equal beginnings anew")
+    group.add_argument("--strict", action="store_true", help="refuse to run an op on its reference")
+    add_cluster(parser)
+
+
+def load_llm(args: argparse.Namespace, progress: bool = True) -> LLM:
+    launcher = launcher_of(args, PRELOAD)
+    try:
+        llm = LLM(
+            args.model,
+            dtype=args.dtype,
+            topology=given_topology(args),
+            progress=progress,
+            launcher=launcher,
+            prefix_cache=not args.no_prefix_cache,
+            strict=args.strict,
+            **given(args, (*ENGINE_OPTIONS, *CLUSTER_OPTIONS)),
+        )
+    except BaseException:
+        if launcher is not None:
+            launcher.close()
+        raise
+    if llm.engine.layout.topology.ranks > 1:
+        print(f"{describe_layout(llm)}\n{describe_memory(llm)}", file=sys.stderr)
+    return llm
+
+
+def describe_layout(llm: LLM) -> str:
+    """What runs where, in a line."""
+    layout, config = llm.engine.layout, llm.engine.config
+    topology, slots = layout.topology, layout.placement.slots_per_rank
+    if topology.ranks == 1:
+        return f"1 node x 1 card, {config.dtype}, {torch.get_num_threads()} threads"
+    return (
+        f"{topology.nodes} nodes x {topology.cards_per_node} cards as {config.ranks}, {config.dtype}; "
+        f"attention TP {topology.tp} x DP {topology.groups}; {slots} expert slots a card and layer, "
+        f"{layout.how.name} exchange"
+    )
+
+
+def describe_memory(llm: LLM) -> str:
+    """Static memory of a rank by kind, in a line."""
+    memory = llm.engine.ranks.memory
+    kinds = ", ".join(f"{kind} {size / 1e6:.2f}" for kind, size in sorted(memory.kinds.items()) if size)
+    tokens, context = llm.engine.config.cache_tokens, llm.engine.config.max_context
+    return (
+        f"MB a rank: weights {memory.weights / 1e6:.2f} ({kinds}), "
+        f"cache {memory.cache / 1e6:.1f} ({tokens} tokens, a request up to {context})"
+    )
+
+
+def describe_traffic(llm: LLM) -> str:
+    """What the ranks have sent so far, in a line."""
+    sent = llm.engine.ranks.sent()
+    parts = [
+        f"{purpose} {sum(s.across(purpose) for s in sent) / 1e6:.2f} across nodes "
+        f"+ {sum(s.in_node(purpose) for s in sent) / 1e6:.2f} inside"
+        for purpose in PURPOSES
+    ]
+    return f"MB sent: {', '.join(parts)}"
