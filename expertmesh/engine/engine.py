@@ -50,15 +50,19 @@ class Engine:
         else:
             self.ranks = ThreadRanks(checkpoint, config, self.layout, kernels, progress)
         self.config = self.ranks.config
-        row_bytes = self.model.hidden_size * (4 if self.config.dtype == "float32" else 2)
-        wire = config.ranks == "processes" and self.layout.topology.nodes > 1
-        self.planner = Planner(self.config.overlap, row_bytes, wire)
+        self.planner = self.new_planner(self.config.overlap)
         self.scheduler = Groups([_scheduler(self.config) for _ in range(self.layout.topology.groups)])
         self.eos = frozenset(self._eos_ids())
         self._texts: dict[str, OutputText] = {}
         self._prompts: dict[str, str | None] = {}
         self._requests: dict[str, Request] = {}
         self._ids = itertools.count()
+
+    def new_planner(self, overlap: str) -> Planner:
+        """What decides how steps are computed; overlap: auto, on or off."""
+        row_bytes = self.model.hidden_size * (4 if self.config.dtype == "float32" else 2)
+        wire = self.config.ranks == "processes" and self.layout.topology.nodes > 1
+        return Planner(overlap, row_bytes, wire)
 
     @property
     def busy(self) -> bool:
@@ -112,6 +116,11 @@ class Engine:
         if request is not None:
             self.scheduler.abort(request)
             self._forget(request_id)
+
+    def abort_all(self) -> None:
+        """End every request at once."""
+        for request_id in list(self._requests):
+            self.abort(request_id)
 
     def step(self) -> list[Output]:
         """One step of the engine: every running request gets its rows. Returns what got a token or ended."""
