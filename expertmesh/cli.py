@@ -28,31 +28,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, text in COMMANDS.items():
         command = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if arguments[:1] == [name]:  # importing a command imports torch: only the one that runs
+            if name != "emulate":  # which passes its environment on to any program
+                # Read at that import. What torch logs of its sockets, with stack traces, our errors say in a line.
+                os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
             module = importlib.import_module(f"expertmesh.commands.{name}")
             module.add_arguments(command)
-            command.set_defaults(run=module.run, commands=tuple(COMMANDS))
+            command.set_defaults(run=module.run, commands=tuple(COMMANDS), arguments=arguments)
     args = parser.parse_args(arguments)
     from expertmesh.errors import InputError, RankFailure
 
     try:
-        code: int | None = None
         if getattr(args, "clustered", False):
-            code = importlib.import_module("expertmesh.commands.cluster").take_part(args)
-        if code is None:
+            code: int = importlib.import_module("expertmesh.commands.cluster").run(args)
+        else:
             code = args.run(args)
         sys.stdout.flush()
         return code
     except InputError as error:
-        print(f"expertmesh: {error}", file=sys.stderr)
+        _say(error)
         return 2
     except RankFailure as error:
-        print(f"expertmesh: {error}", file=sys.stderr)
+        _say(error)
         return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def _say(error: Exception) -> None:
+    """In one piece, also where nothing is buffered: ranks speak at the same time."""
+    print(f"expertmesh: {error}\n", end="", file=sys.stderr)
 
 
 if __name__ == "__main__":

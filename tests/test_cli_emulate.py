@@ -1,28 +1,23 @@
 """`expertmesh emulate`: programs on an emulated cluster, what they find there, how they end, and what is left."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import psutil
 import pytest
 
 from expertmesh.cli import main
 from expertmesh.emulation.bridge import can_delay
-from tests.support.emulation import LIMIT, marked, needs_a_cluster, networks, why_not
+from tests.support.emulation import EMULATE, LIMIT, Start, emulating, needs_a_cluster, why_not
 
-Start: TypeAlias = Callable[..., "subprocess.Popen[str]"]
 PR_CAPBSET_DROP, CAP_SYS_ADMIN = 24, 21
 SLEEP = "print(os.getpid(), flush=True)\ntime.sleep(1000)"
 DEAF = f"signal.signal(signal.SIGTERM, signal.SIG_IGN)\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n{SLEEP}"
-MARK = "EXPERTMESH_TEST_EMULATION"
-EMULATE = [sys.executable, "-m", "expertmesh", "emulate"]
 # Stands in for a command of expertmesh, before that is imported: the only process with this variable.
 STAND_IN = """
 import os
@@ -45,38 +40,8 @@ distributed.destroy_process_group()
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Starts `expertmesh emulate`; afterwards nothing of it may be left."""
-    value, temporary = os.urandom(8).hex(), tmp_path / "temporary"
-    temporary.mkdir()
-    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
-    environment = os.environ | {MARK: value, "PYTHONPATH": path, "TMPDIR": str(temporary)}
-    before, interfaces, shared = networks(), psutil.net_if_addrs(), set(os.listdir("/dev/shm"))
-    started: list[subprocess.Popen[str]] = []
-
-    def call(*arguments: str, **options: Any) -> "subprocess.Popen[str]":
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        started.append(
-            subprocess.Popen(
-                [*EMULATE, *arguments],
-                text=True,
-                env=environment,
-                preexec_fn=_usual_signals,
-                **(pipes | options),
-            )
-        )
-        return started[-1]
-
-    yield call
-    for process in started:
-        with process:
-            process.kill()
-
-    def left() -> list[object]:
-        return [*marked(MARK, value), *networks() - before, *set(os.listdir("/dev/shm")) - shared]
-
-    end = time.monotonic() + LIMIT
-    while left() and time.monotonic() < end:
-        time.sleep(0.02)
-    assert left() == list(temporary.iterdir()) == [] and psutil.net_if_addrs() == interfaces
+    with emulating(lambda: EMULATE, tmp_path) as call:
+        yield call
 
 
 @pytest.fixture
@@ -103,12 +68,6 @@ def stand_in(tmp_path: Path) -> Callable[[str], None]:
         )
 
     return write
-
-
-def _usual_signals() -> None:
-    """Whatever these tests are started from."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
 
 
 def python(body: str) -> list[str]:

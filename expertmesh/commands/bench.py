@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--threads", type=int, default=0, help="default: as many as torch takes")
     engine.add_argument("--alone", action="store_true", help="measure this engine only")
     engine.add_argument("--json", action="store_true", help="print JSON, and nothing else")
-    add_cluster(engine)
+    add_cluster(engine, machines=False)
     engine.set_defaults(measure=bench_engine, table=_engine_table)
     exchange = subparsers.add_parser(
         "exchange", help="bytes, messages and time of rows on their way to experts"

@@ -1,17 +1,21 @@
 """The cluster that a command runs on: the options say it, or whoever has started this process as a part of one."""
 
 import argparse
+import faulthandler
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from expertmesh.commands.options import add_options, given
+from expertmesh.commands.options import JOIN, add_options, given, without_join
+from expertmesh.config import EngineConfig
 from expertmesh.emulation.spread import Emulated
 from expertmesh.errors import InputError
-from expertmesh.launch.launcher import Launcher
-from expertmesh.launch.torchrun import Place, Torchrun, work
+from expertmesh.launch.interfaces import interface_address
+from expertmesh.launch.launcher import Here, Launcher
+from expertmesh.launch.rollcall import Rendezvous
+from expertmesh.launch.torchrun import Place, Torchrun, end_with_parent, leading, work
 from expertmesh.mesh.topology import Topology
 from expertmesh.mesh.traffic import ALGORITHMS
 
@@ -27,15 +31,16 @@ CLUSTER_OPTIONS = (
     ("overlap", str, "compute one half of a step while rows of the other travel: auto (default), on, off"),
     ("timeout", float, "seconds after which a rank that does not come or answer has failed (default: 30)"),
 )
-TIMEOUT = 30.0
 
 
-def add_cluster(parser: argparse.ArgumentParser) -> None:
+def add_cluster(parser: argparse.ArgumentParser, machines: bool = True) -> None:
+    """machines: whether the ranks may be on several."""
     group = parser.add_argument_group("cluster (one rank where not given)")
     add_options(group.add_argument, TOPOLOGY_OPTIONS)
     add_options(group.add_argument, CLUSTER_OPTIONS)
-    add_machines(group.add_argument)
-    parser.set_defaults(clustered=True)
+    if machines:
+        add_machines(group.add_argument)
+        parser.set_defaults(clustered=True)
 
 
 def add_machines(add: Any) -> None:
@@ -45,29 +50,73 @@ def add_machines(add: Any) -> None:
         metavar="NAME",
         help="network interface to other machines (default: the one that reaches them)",
     )
+    add(
+        JOIN,
+        metavar="HOST:PORT",
+        help="start the same line on --nodes machines: they meet at this address of one of them, at a free port, and "
+        "start --cards ranks each with torch's elastic launcher",
+    )
 
 
-def take_part(args: argparse.Namespace) -> int | None:
-    """Where this process is a rank of a cluster and not its driver: be that rank, and return the exit code."""
-    if not getattr(args, "clustered", False):
-        return None
+def run(args: argparse.Namespace) -> int:
+    """Run a command that may have its ranks on several machines: do what this process is there for, in its cluster."""
+    faulthandler.register(signal.SIGUSR1, file=2)  # which must not end it, before there is more to say
+    if args.join is not None:
+        return _join(args)
     place = Place.of(os.environ)
-    if place is None or place.rank == 0:
-        return None
+    if place is None or Emulated.is_named(os.environ):
+        return _run(args)
+    if place.elastic:
+        end_with_parent()
+    if place.rank == 0:
+        with leading(place):
+            return _run(args)
     check_shape(args, place.ranks // place.cards, place.cards)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver hears it too, and ends all
     local = {"folder": os.path.abspath(args.model)} if getattr(args, "model", None) else {}
-    work(place, args.timeout or TIMEOUT, args.interface, local)
+    work(place, _timeout(args), args.interface, local)
     return 0
 
 
+def _run(args: argparse.Namespace) -> int:
+    code: int = args.run(args)
+    return code
+
+
+def _join(args: argparse.Namespace) -> int:
+    """Be one of the machines that the same line was started on."""
+    from expertmesh.launch.elastic import start  # takes its time
+
+    where = Rendezvous.parse(args.join)
+    if args.nodes is None or args.cards is None:
+        raise InputError(
+            "--join takes --nodes and --cards too: how many machines, and how many ranks of each"
+        )
+    Topology(args.nodes, args.cards)  # wrong values are refused before anybody waits
+    words = without_join(args.arguments)
+    return start(where, args.nodes, args.cards, _timeout(args), args.interface, words)
+
+
+def _timeout(args: argparse.Namespace) -> float:
+    """InputError where it is none."""
+    return EngineConfig(
+        **given(args, [option for option in CLUSTER_OPTIONS if option[0] == "timeout"])
+    ).timeout
+
+
 def launcher_of(args: argparse.Namespace, preload: Sequence[str]) -> Launcher | None:
-    """What starts the ranks, where it is not this process's own choice. InputError where the options say otherwise."""
-    found: Launcher | None = Emulated.of(os.environ, preload)
+    """What starts the ranks, where it is not the engine's own choice. InputError where the options say otherwise."""
+    found: Launcher | None = Emulated.of(os.environ, preload, args.interface)
     if found is None and (place := Place.of(os.environ)) is not None:
         found = Torchrun(place, preload, args.interface)
     if found is not None:
-        check_shape(args, found.nodes, found.cards)
+        try:
+            check_shape(args, found.nodes, found.cards)
+        except BaseException:
+            found.close()
+            raise
+    elif args.interface is not None:
+        address = interface_address(args.interface)
+        found = Here(preload, address=address) if args.ranks == "processes" else None
     return found
 
 

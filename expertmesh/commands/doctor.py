@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 
+from expertmesh.commands.standings import describe, running_engines
 from expertmesh.engine.checkpoint import free_memory
 from expertmesh.kernels import kernels_for
 from expertmesh.llm import demo_model
@@ -19,9 +20,18 @@ from expertmesh.llm import demo_model
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, and nothing else")
+    parser.add_argument(
+        "--ranks", action="store_true",
+        help="show instead where each rank of every engine that runs on this machine stands, with its stack; for "
+        "engines of this user whose ranks are processes. SIGUSR1 makes a driver or a rank print the same",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.ranks:
+        engines = running_engines()
+        print(json.dumps({"engines": engines}, ensure_ascii=False) if args.json else describe(engines))
+        return 0
     report = examine()
     if args.json:
         print(json.dumps(report, ensure_ascii=False))

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from expertmesh.commands.options import without_join
 from expertmesh.emulation.cluster import LARGEST, Node, require
 from expertmesh.emulation.front import Emulation, EmulationFailed, Event, Program
 from expertmesh.emulation.links import parse_delay, parse_rate
@@ -24,7 +25,6 @@ Any other program, and a command of expertmesh with --join, is started on each n
 torchrun needs, or programs that torchrun would start, one on each node:
   expertmesh emulate --nodes 2 --cards 2 -- torchrun script.py
 """
-JOIN = "--join"
 RENDEZVOUS, MASTER = (
     29400,
     29500,
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     words = args.words[1:] if args.words[:1] == ["--"] else args.words
     own = _own_command(words, args.commands)
-    once = own is not None and JOIN not in own
+    once = own is not None and without_join(own) == own
     for name, limit in (("nodes", LARGEST), ("cards", 1024)):
         if not 1 <= getattr(args, name) <= limit:
             raise InputError(f"--{name} is {getattr(args, name)}, but must be from 1 to {limit}")

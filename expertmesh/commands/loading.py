@@ -2,13 +2,15 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 import torch
 
 from expertmesh.comm.base import PURPOSES
 from expertmesh.commands.cluster import CLUSTER_OPTIONS, add_cluster, given_topology, launcher_of
 from expertmesh.commands.options import ENGINE_OPTIONS, add_options, given
-from expertmesh.engine.processes import PRELOAD
+from expertmesh.engine.processes import PRELOAD, ProcessRanks
+from expertmesh.launch.inquiry import tell_on_signal
 from expertmesh.llm import LLM
 
 
@@ -43,9 +45,38 @@ def load_llm(args: argparse.Namespace, progress: bool = True) -> LLM:
         if launcher is not None:
             launcher.close()
         raise
+    ranks = llm.engine.ranks
+    if isinstance(ranks, ProcessRanks):
+        tell_on_signal(lambda: "\n".join(ranks.crew.stands()), at_once=False)
+    if launcher is not None and launcher.apart and isinstance(ranks, ProcessRanks):
+        print(describe_machines(ranks), file=sys.stderr)
     if llm.engine.layout.topology.ranks > 1:
         print(f"{describe_layout(llm)}\n{describe_memory(llm)}", file=sys.stderr)
     return llm
+
+
+def describe_machines(ranks: ProcessRanks) -> str:
+    """Where the ranks are and how they are reached, in a line for each node."""
+    topology = ranks.layout.topology
+    rows: list[tuple[str, ...]] = [("node", "host", "interface", "address", "ports", "ranks", "TP groups")]
+    for node in range(topology.nodes):
+        numbers = topology.node_ranks(node * topology.cards_per_node)
+        places = [ranks.places[rank] for rank in numbers]
+        groups = [topology.group_of(rank) for rank in numbers]
+        said = (
+            ", ".join(dict.fromkeys(p[name] for p in places)) for name in ("host", "interface", "address")
+        )
+        spans = (_span(numbers) for numbers in ([p["port"] for p in places], numbers, groups))
+        rows.append((str(node), *said, *spans))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _span(numbers: Sequence[int]) -> str:
+    first, last = min(numbers), max(numbers)
+    return str(first) if first == last else f"{first}-{last}"
 
 
 def describe_layout(llm: LLM) -> str:

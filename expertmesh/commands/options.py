@@ -13,6 +13,7 @@ PROMPTS = {
     "Song poetry": "浣溪沙\n晏殊\n",
     "Python": "class Stack:\n    def __init__(self):\n",
 }
+JOIN = "--join"
 ENGINE_OPTIONS = (
     ("max_context", int, "longest request in tokens, prompt and output together"),
     ("max_batch_tokens", int, "token rows of one step"),
@@ -58,3 +59,19 @@ def given_sampling(args: argparse.Namespace) -> dict[str, Any]:
     params |= {"stop": tuple(args.stop or ()), "ignore_eos": args.ignore_eos}
     SamplingParams(**params)
     return params
+
+
+def without_join(words: Sequence[str]) -> list[str]:
+    """Words of a command without --join and its value, which may be one word or two. argparse takes beginnings of
+    options too."""
+    rest: list[str] = []
+    value = False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if value:
+            value = False
+        elif JOIN.startswith(name) and len(name) > len("--"):
+            value = not equals
+        else:
+            rest.append(word)
+    return rest

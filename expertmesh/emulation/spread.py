@@ -11,12 +11,16 @@ import psutil
 
 from expertmesh.emulation.cluster import Node
 from expertmesh.emulation.namespaces import enter
+from expertmesh.errors import RankFailure
+from expertmesh.launch import joining
 from expertmesh.launch.channel import Channel
 from expertmesh.launch.forkserver import ForkServer, Process
-from expertmesh.launch.joining import Reception, join, serve
+from expertmesh.launch.interfaces import interface_address
+from expertmesh.launch.joining import Reception
 from expertmesh.launch.launcher import Member, Spec
 
 VARIABLE = "EXPERTMESH_CLUSTER"
+LAST_WORD = 1.0  # seconds
 
 
 class Emulated:
@@ -31,31 +35,43 @@ class Emulated:
         rate: float | None,
         kills: Sequence[tuple[int, float]],
         preload: Sequence[str],
+        interface: str | None = None,
     ) -> None:
         """rate: of each node's link, in bits/s; kills: ranks to kill, and how many seconds after this process has
-        started."""
+        started; interface: of every node, to take instead of the link's. InputError where there is none such."""
         self.rate = rate
         self.nodes: int | None = len(nodes)
         self.cards: int | None = cards
-        self._nodes, self._kills = nodes, kills
+        self._nodes, self._kills, self._interface = nodes, kills, interface
+        self._reception = Reception(interface_address(interface) if interface else nodes[0].address)
         self._server = ForkServer(preload)
-        self._reception = Reception(nodes[0].address)
 
     @staticmethod
-    def of(environment: Mapping[str, str], preload: Sequence[str]) -> "Emulated | None":
+    def is_named(environment: Mapping[str, str]) -> bool:
+        return VARIABLE in environment
+
+    @staticmethod
+    def of(
+        environment: Mapping[str, str], preload: Sequence[str], interface: str | None = None
+    ) -> "Emulated | None":
         """The cluster that the environment names, if any."""
-        if VARIABLE not in environment:
+        if not Emulated.is_named(environment):
             return None
         found = json.loads(environment[VARIABLE])
         kills = [(int(rank), float(seconds)) for rank, seconds in found["kill"]]
-        return Emulated(
-            [Node(**node) for node in found["nodes"]], found["cards"], found.get("rate"), kills, preload
-        )
+        nodes = [Node(**node) for node in found["nodes"]]
+        return Emulated(nodes, found["cards"], found.get("rate"), kills, preload, interface)
 
     def start(self, program: str, specs: Sequence[Spec], timeout: float) -> list[Member]:
         cards, reception = self.cards or 1, self._reception
         homes = [self._nodes[rank // cards] for rank in range(len(specs))]
-        common = {"driver": [reception.address, reception.port], "token": reception.token, "timeout": timeout}
+        common = {
+            "driver": [reception.address, reception.port],
+            "token": reception.token,
+            # The driver is the one to say who has not come: it knows of all.
+            "timeout": timeout + LAST_WORD / 2,
+            "interface": self._interface,
+        }
         processes = self._server.start(
             "expertmesh.emulation.spread:come",
             [
@@ -77,7 +93,13 @@ class Emulated:
                 else None
             )
 
-        arrivals = reception.receive(len(specs), timeout, ended, name)
+        try:
+            arrivals = reception.receive(len(specs), timeout, ended, name)
+        except RankFailure:  # who starts the ranks ends them: not before they have said what they know of it
+            end = time.monotonic() + LAST_WORD
+            for process in processes:
+                process.wait(max(0.0, end - time.monotonic()))
+            raise
         for arrival, spec in zip(arrivals, specs, strict=True):
             arrival.channel.send({"program": program, "spec": spec})
         return [Member(a.rank, a.host, a.pid, a.channel, p) for a, p in zip(arrivals, processes, strict=True)]
@@ -94,8 +116,7 @@ class Emulated:
             timer.start()
 
 
-def come(spec: Spec, _: Channel) -> None:
+def come(spec: Spec, channel: Channel) -> None:
     """One rank: into its namespace, to its driver."""
     enter(spec["namespace"], spec["host"])
-    channel = join(tuple(spec["driver"]), spec["token"], spec["rank"], spec["timeout"])
-    serve(channel, spec["rank"], spec["timeout"], {})
+    joining.come(spec, channel)

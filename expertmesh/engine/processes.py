@@ -4,6 +4,7 @@ import secrets
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from expertmesh.comm.base import ByteCount
 from expertmesh.comm.local import cores
+from expertmesh.comm.meeting import Place
 from expertmesh.config import EngineConfig
 from expertmesh.engine.checkpoint import Checkpoint
 from expertmesh.engine.plan import Plan
@@ -27,7 +29,8 @@ PROGRAM = "expertmesh.engine.worker:serve_rank"
 
 
 class ProcessRanks:
-    """Ranks as processes that share nothing. Implements `engine.ranks.Ranks`."""
+    """Ranks as processes that share nothing. Implements `engine.ranks.Ranks`. places: host, interface, address and
+    port of each."""
 
     def __init__(
         self,
@@ -59,7 +62,7 @@ class ProcessRanks:
         # Also where nobody closes: when this object goes, or the interpreter.
         self._end = weakref.finalize(self, Crew.close, self.crew)
         try:
-            introduce(self.crew)
+            self.places = introduce(self.crew)
         except BaseException:
             self.close()
             raise
@@ -105,8 +108,11 @@ class ProcessRanks:
         self._end()
 
 
-def introduce(crew: Crew) -> None:
-    """Tell every rank where the others are, and wait until each is connected with those that it talks with."""
+def introduce(crew: Crew) -> list[dict[str, Any]]:
+    """Tell every rank where the others are, and wait until each is connected with those that it talks with. Returns
+    where each is: host, address and port that others reach, and what else its program says of that."""
     count = len(crew.members)
-    places = crew.ask([{"do": "place"}] * count)
-    crew.ask([{"do": "meet", "places": places, "token": secrets.token_bytes(16)}] * count)
+    places: list[dict[str, Any]] = crew.ask([{"do": "place"}] * count)
+    needed = [{name: place[name] for name in Place.__dataclass_fields__} for place in places]
+    crew.ask([{"do": "meet", "places": needed, "token": secrets.token_bytes(16)}] * count)
+    return places

@@ -16,6 +16,8 @@ from expertmesh.engine.wire import BatchReader, Plain, write_result
 from expertmesh.kernels import kernels_for
 from expertmesh.launch.channel import Channel
 from expertmesh.launch.duty import Duty
+from expertmesh.launch.inquiry import tell_on_signal
+from expertmesh.launch.interfaces import interface_of
 from expertmesh.mesh.layout import Layout
 from expertmesh.model.deepseek import DeepSeek
 from expertmesh.model.layers import New
@@ -28,6 +30,7 @@ def serve_rank(spec: Plain, channel: Channel) -> None:
     duty = Duty(spec, channel)
     rank = _Rank(spec)
     duty.where = rank.where
+    tell_on_signal(duty.describe, at_once=True)
     duty.serve(rank.obey)
 
 
@@ -48,7 +51,8 @@ class _Rank:
         """Do what the message says; returns the answer."""
         match message["do"]:
             case "place":
-                return self._seat.place()
+                place = self._seat.place()
+                return place | {"interface": interface_of(place["address"])}
             case "meet":
                 # Loading may take one longer than another, and the first exchange waits for it.
                 timeout = self._config.timeout

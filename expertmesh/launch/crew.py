@@ -15,6 +15,7 @@ from typing import Any
 
 from expertmesh.errors import RankFailure
 from expertmesh.launch.channel import ChannelClosed
+from expertmesh.launch.inquiry import Inquiries
 from expertmesh.launch.launcher import Launcher, Member, Spec
 from expertmesh.mesh.topology import Topology
 
@@ -35,6 +36,7 @@ class Crew:
         self.topology, self.timeout = topology, timeout
         self.during = "the start"  # what is being done, for messages
         self.failure: str | None = None
+        self._failed: str | None = None  # the failure, where it is a rank's
         self._launcher = launcher
         self._closing = False
         self._callbacks: list[Callable[[str], None]] = []
@@ -54,6 +56,8 @@ class Crew:
         self._bell, self._ears = socket.socketpair()
         self._thread = threading.Thread(target=self._listen, name="listener", daemon=True)
         self._thread.start()
+        self._inquiring = threading.Lock()
+        self._inquiries = Inquiries(lambda: {"during": self.during, "ranks": self.standings()})
 
     def ask(self, messages: Sequence[Spec], during: str | None = None) -> list[Any]:
         """One message to every rank, and every rank's answer. Whatever breaks in between ends all: ranks that are not
@@ -80,8 +84,13 @@ class Crew:
         return [self._answers[rank] for rank in range(len(self.members))]
 
     def on_failure(self, callback: Callable[[str], None]) -> None:
-        """Call this with the message when all have ended because one has failed, in another thread."""
-        self._callbacks.append(callback)
+        """Call this with the message when all have ended because one has failed, in another thread; at once where that
+        was before."""
+        with self._news:
+            if not self._failed:
+                self._callbacks.append(callback)
+                return
+        callback(self._failed)
 
     def describe(self, rank: int) -> str:
         """A rank as messages name it."""
@@ -89,17 +98,34 @@ class Crew:
 
     def stands(self) -> list[str]:
         """Where each rank stands at the moment, by its own account."""
-        with self._news:
-            self._stands.clear()
-        for member in self.members:
-            with contextlib.suppress(ChannelClosed):
-                member.channel.send({"do": "dump"})
-        with self._news:
-            self._news.wait_for(lambda: len(self._stands) == len(self.members), DUMP)
-            said = dict(self._stands)
         return [
-            f"{self.describe(rank)}, process {member.pid}, {self.during}: "
-            + said.get(rank, f"does not answer within {DUMP:g} s")
+            f"{r['name']}, process {r['process']}, {self.during}: {r['stands']}" for r in self.standings()
+        ]
+
+    def standings(self) -> list[dict[str, Any]]:
+        """The same as plain data. Any thread may ask."""
+        with self._inquiring:
+            with self._news:
+                self._stands.clear()
+            for member in self.members:
+                with contextlib.suppress(ChannelClosed):
+                    member.channel.send({"do": "dump"})
+            with self._news:
+                self._news.wait_for(
+                    lambda: len(self._stands) == len(self.members) or self.failure is not None, DUMP
+                )
+                said = dict(self._stands)
+        silent = self.failure or f"does not answer within {DUMP:g} s"
+        return [
+            {
+                "rank": rank,
+                "node": self.topology.node_of(rank),
+                "card": self.topology.card_of(rank),
+                "host": member.host,
+                "name": self.describe(rank),
+                "process": member.pid,
+                "stands": said.get(rank, silent),
+            }
             for rank, member in enumerate(self.members)
         ]
 
@@ -109,6 +135,7 @@ class Crew:
         if threading.current_thread() is self._thread:
             return  # what a callback asks for is done by who closes later
         self._thread.join()
+        self._inquiries.close()
         self._launcher.close()
         for member in self.members:
             member.channel.close()
@@ -226,6 +253,8 @@ class Crew:
         with contextlib.suppress(OSError):
             self._bell.send(b"\0")
         if failed:
+            with self._news:
+                self._failed = why
             for callback in self._callbacks:
                 callback(why)
 

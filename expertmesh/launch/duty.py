@@ -80,6 +80,10 @@ class Duty:
         busy = "waits for the driver" if self._doing is None else f"computes ({self._doing})"
         return (self.where() or busy) + "\n" + "".join(stack).rstrip()
 
+    def describe(self) -> str:
+        """The same, with who it is and what is being done, for people."""
+        return f"{self._name}, process {os.getpid()}, {self._during}: {self.stands()}"
+
     def _leave(self, why: str | None) -> None:
         if why is not None and self._speaks:
             with contextlib.suppress(OSError):  # in one piece: others speak at the same time

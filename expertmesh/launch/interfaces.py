@@ -33,11 +33,18 @@ def interface_address(name: str) -> str:
 
 
 def interface_of(address: str) -> str:
-    """The interface that has this address. InputError where none has."""
-    for name, own in interfaces().items():
-        if own == address:
+    """The interface that has this address, be it its second one. InputError where none has."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(own.address == address for own in addresses):
             return name
     raise InputError(f"{address} is no address of this machine")
+
+
+def is_own(address: str) -> bool:
+    """Is it an address of this machine?"""
+    return is_loopback(address) or any(
+        own.address == address for addresses in psutil.net_if_addrs().values() for own in addresses
+    )
 
 
 def is_loopback(address: str) -> bool:

@@ -7,6 +7,7 @@ import platform
 import secrets
 import selectors
 import socket
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 from expertmesh.errors import InputError, RankFailure
 from expertmesh.launch.channel import MAX_MESSAGE, Channel, ChannelClosed
+from expertmesh.launch.interfaces import interface_address
 from expertmesh.launch.launcher import Spec
 
 FIRST_MESSAGE = 4096  # bytes: more is not read of who may be a stranger
@@ -159,6 +161,18 @@ def join(address: tuple[str, int], token: str, rank: int, timeout: float, source
     return channel
 
 
+def come(spec: Spec, _: Channel) -> None:
+    """A process that was forked to be a rank: go to the driver, and do what it says. Of the spec: driver, token, rank,
+    timeout, and interface where one is to be taken. It exits with 1 where that does not work, and says why."""
+    try:
+        source = interface_address(spec["interface"]) if spec.get("interface") else ""
+        channel = join(tuple(spec["driver"]), spec["token"], spec["rank"], spec["timeout"], source)
+        serve(channel, spec["rank"], spec["timeout"], {})
+    except (RankFailure, InputError) as error:
+        os.write(2, f"expertmesh: {error}\n".encode())  # in one piece: others speak at the same time
+        sys.exit(1)
+
+
 def serve(channel: Channel, rank: int, timeout: float, local: Spec) -> None:
     """Do what the driver has this rank do, until it ends this process. local: what this machine says of the spec.
     RankFailure where the driver has no use for it."""
@@ -171,7 +185,7 @@ def serve(channel: Channel, rank: int, timeout: float, local: Spec) -> None:
             f"rank {rank} on {socket.gethostname()} waited for the other ranks, and lost the driver: {error}"
         ) from None
     if "because" in order:
-        raise RankFailure(order["because"])
+        raise RankFailure(f"rank {rank} on {socket.gethostname()} ends: {order['because']}")
     if order["program"] not in PROGRAMS:
         raise RankFailure(f"the driver asks for {order['program']!r}, which no rank runs")
     module, _, function = order["program"].partition(":")

@@ -61,13 +61,17 @@ class Here:
     apart = False
     rate: float | None = None
 
-    def __init__(self, preload: Sequence[str], server: ForkServer | None = None) -> None:
-        """server: whose children the ranks become; with one of its own, the launcher ends it too."""
+    def __init__(
+        self, preload: Sequence[str], server: ForkServer | None = None, address: str = LOOPBACK
+    ) -> None:
+        """server: whose children the ranks become; with one of its own, the launcher ends it too. address: of the
+        interface by which ranks of different nodes reach each other."""
+        self._address = address
         self._server = server or ForkServer(preload)
         self._own = server is None
 
     def start(self, program: str, specs: Sequence[Spec], timeout: float) -> list[Member]:
-        processes = self._server.start(program, [{"address": LOOPBACK} | spec for spec in specs])
+        processes = self._server.start(program, [{"address": self._address} | spec for spec in specs])
         host = socket.gethostname()
         return [Member(rank, host, p.pid, p.channel, p) for rank, p in enumerate(processes)]
 

@@ -3,21 +3,26 @@
 The process of rank 0 is the driver, which starts rank 0 beside it; every other process is a rank.
 """
 
+import contextlib
+import ctypes
 import json
+import os
+import signal
 import socket
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-
-from torch.distributed import TCPStore
 
 from expertmesh.errors import InputError, RankFailure
-from expertmesh.launch.channel import Channel
 from expertmesh.launch.forkserver import ForkServer
 from expertmesh.launch.interfaces import interface_address, interfaces, is_loopback
-from expertmesh.launch.joining import Reception, join, serve
+from expertmesh.launch.joining import RETRY, Reception, join, serve
 from expertmesh.launch.launcher import Member, Spec
+from expertmesh.launch.store import ATTEMPT, Store
 
+LAST_WORD = 1.0  # seconds
+PR_SET_PDEATHSIG = 1
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -29,8 +34,9 @@ class Place:
     ranks: int
     cards: int
     store: tuple[str, int]
-    hosts_store: bool
-    generation: str  # of this start of the cluster: restarts have another one
+    elastic: bool  # started by torch's elastic launcher, which tells its processes to end, and has a store for them
+    run: str  # a name of this cluster
+    restarts: int  # how often it has been started again
 
     @staticmethod
     def of(environment: Mapping[str, str]) -> "Place | None":
@@ -46,31 +52,32 @@ class Place:
             )
         return Place(
             rank, ranks, cards, (environment["MASTER_ADDR"], port),
-            hosts_store=rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-            generation="/".join(environment.get(f"TORCHELASTIC_{n}", "") for n in ("RUN_ID", "RESTART_COUNT")),
+            elastic=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            run=environment.get("TORCHELASTIC_RUN_ID", ""),
+            restarts=int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")),
         )  # fmt: skip
 
-    def connect(self, timeout: float) -> TCPStore:
+    def __str__(self) -> str:
+        node, card = divmod(self.rank, self.cards)
+        return f"rank {self.rank} (node {node}, card {card}) on {socket.gethostname()}"
+
+    def connect(self, timeout: float) -> Store:
         """The store where the processes find each other."""
-        host, port = self.store
         try:
-            return TCPStore(
-                host,
-                port,
-                is_master=self.hosts_store,
-                timeout=timedelta(seconds=timeout),
-                wait_for_workers=False,
-            )
-        except RuntimeError as error:
-            raise RankFailure(
-                f"rank {self.rank} on {socket.gethostname()} cannot "
-                f"{'open' if self.hosts_store else 'reach'} the store at {host}:{port} within {timeout:g} s: "
-                f"{str(error).splitlines()[0]}"
-            ) from None
+            return Store(*self.store, hosts=self.rank == 0 and not self.elastic, timeout=timeout)
+        except RankFailure as error:
+            raise RankFailure(f"{self}: {error}") from None
 
     @property
-    def key(self) -> str:
-        return f"expertmesh/{self.generation}"
+    def call(self) -> str:
+        """The key of where the driver is. After a restart it may hold, for a moment, where the driver was before: not
+        all machines count restarts alike."""
+        return f"expertmesh/{self.run}/call"
+
+    @property
+    def farewell(self) -> str:
+        """The key of why there is no driver any more, of one that never called."""
+        return f"expertmesh/{self.run}/farewell/{self.restarts}"
 
 
 class Torchrun:
@@ -83,15 +90,17 @@ class Torchrun:
         self.nodes: int | None = place.ranks // place.cards
         self.cards: int | None = place.cards
         self._place = place
-        self._server = ForkServer(preload)
         self._reception = Reception(own_address(place.store[0], interface, self.nodes))
+        self._server = ForkServer(preload)
 
     def start(self, program: str, specs: Sequence[Spec], timeout: float) -> list[Member]:
         reception = self._reception
         call = {"driver": [reception.address, reception.port], "token": reception.token}
         self._store = self._place.connect(timeout)
-        self._store.set(self._place.key, json.dumps(call))
-        (first,) = self._server.start("expertmesh.launch.torchrun:come", [call | {"timeout": timeout}])
+        self._store.set(self._place.call, json.dumps(call))
+        (first,) = self._server.start(
+            "expertmesh.launch.joining:come", [call | {"rank": 0, "timeout": timeout}]
+        )
 
         def name(rank: int) -> str:
             node, card = divmod(rank, self._place.cards)
@@ -115,25 +124,78 @@ class Torchrun:
         self._server.close()
 
 
-def come(spec: Spec, _: Channel) -> None:
-    """Rank 0, beside the driver."""
-    channel = join(tuple(spec["driver"]), spec["token"], 0, spec["timeout"])
-    serve(channel, 0, spec["timeout"], {})
+@contextlib.contextmanager
+def leading(place: Place) -> Iterator[None]:
+    """In the process of rank 0: what ends it before it has called the others is told to them."""
+    if place.elastic:
+        signal.signal(signal.SIGTERM, _soon)
+    try:
+        yield
+    except BaseException as error:
+        if place.elastic:  # else the store ends with this process
+            with contextlib.suppress(RankFailure, InputError):
+                why = "it was interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+                place.connect(LAST_WORD).set(place.farewell, json.dumps({"because": why or repr(error)}))
+        raise
+
+
+def _soon(number: int, _: object) -> None:
+    """A rank of this machine that fails makes the launcher end this process at once. In a moment it will know by
+    itself what has happened, and say it."""
+    timer = threading.Timer(LAST_WORD, os.kill, (os.getpid(), signal.SIGINT))
+    timer.daemon = True
+    timer.start()
 
 
 def work(place: Place, timeout: float, interface: str | None, local: Spec) -> None:
     """Any other rank, until the driver ends this process. RankFailure where it does not come to that."""
+    _heed_signals(place)
     store = place.connect(timeout)
-    try:
-        call = json.loads(store.get(place.key))
-    except RuntimeError:
-        raise RankFailure(
-            f"rank {place.rank} on {socket.gethostname()} waited {timeout:g} s for the driver, the process of rank 0, "
-            f"to say at {place.store[0]}:{place.store[1]} where it is"
-        ) from None
     source = interface_address(interface) if interface else ""
-    channel = join(tuple(call["driver"]), call["token"], place.rank, timeout, source)
+    end = time.monotonic() + timeout
+    while True:
+        text = store.wait([place.farewell, place.call], timeout)
+        if text is None:
+            raise RankFailure(
+                f"{place} waited {timeout:g} s for the driver, the process of rank 0, to say at "
+                f"{place.store[0]}:{place.store[1]} where it is"
+            )
+        call = json.loads(text)
+        if "because" in call:
+            raise RankFailure(
+                f"{place} ends: the driver, the process of rank 0, has ended: {call['because']}"
+            )
+        left = end - time.monotonic()
+        try:
+            channel = join(
+                tuple(call["driver"]), call["token"], place.rank, max(RETRY, min(left, ATTEMPT)), source
+            )
+            break
+        except RankFailure:
+            if left < ATTEMPT:
+                raise
     serve(channel, place.rank, timeout, local)
+
+
+class _Told(RankFailure):
+    """This process was told to end: as a rule because another one has failed."""
+
+    suspects: tuple[int, ...] = ()
+
+
+def _heed_signals(place: Place) -> None:
+    """The driver hears Ctrl-C too, and ends all. Where it is on another machine, it has to be told."""
+
+    def tell(number: int, _: object) -> None:
+        raise _Told(f"{signal.Signals(number).name} told it to end")
+
+    for number in (signal.SIGINT, signal.SIGTERM) if place.elastic else (signal.SIGINT,):
+        signal.signal(number, tell if place.rank >= place.cards else signal.SIG_IGN)
+
+
+def end_with_parent() -> None:
+    """This process is killed when the one that has started it ends, in whatever way."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
 
 
 def own_address(master: str, interface: str | None, nodes: int | None) -> str:

@@ -11,6 +11,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 
 from expertmesh.engine.engine import Engine
+from expertmesh.errors import RankFailure
 from expertmesh.request import Output, SamplingParams
 
 NOT_RUNNING = "the engine is not running: the server is starting or stopping"
@@ -58,13 +59,16 @@ class Worker:
         self._calls: dict[str, _Call] = {}
         self._ids = itertools.count()
         self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.problem: str | None = NOT_RUNNING
 
     def start(self) -> None:
         """Begin to compute; called on the event loop that the outputs go to."""
         self._inbox, self.problem = SimpleQueue(), None
-        arguments = (asyncio.get_running_loop(),)
-        self._thread = threading.Thread(target=self._run, args=arguments, name="engine", daemon=True)
+        first, self._loop = self._loop is None, asyncio.get_running_loop()
+        if first:
+            self._engine.ranks.on_failure(self._rank_failed)
+        self._thread = threading.Thread(target=self._run, args=(self._loop,), name="engine", daemon=True)
         self._thread.start()
 
     async def stop(self) -> None:
@@ -114,6 +118,8 @@ class Worker:
                 outputs = self._engine.step()
                 if outputs:
                     _post(loop, self._deliver, outputs)
+        except RankFailure as error:  # its message names the cause
+            _post(loop, self._fail, str(error))
         except BaseException:
             logging.getLogger(__name__).exception("the engine failed")
             _post(loop, self._end, FAILED)
@@ -129,7 +135,14 @@ class Worker:
                 return False
             command()
 
-    # On the loop, called by the thread
+    # A thread of the ranks
+
+    def _rank_failed(self, message: str) -> None:
+        """A rank has failed, perhaps while nothing was asked of it."""
+        assert self._loop is not None
+        _post(self._loop, self._fail, message)
+
+    # On the loop, called by the threads
 
     def _deliver(self, outputs: list[Output]) -> None:
         for output in outputs:
@@ -137,6 +150,11 @@ class Worker:
             if call is not None:  # else nobody waits any more, and its abort is in the inbox
                 call.fresh[output.request_id] = output
                 call.wake.set()
+
+    def _fail(self, message: str) -> None:
+        if self.problem is None:  # heard for the first time
+            logging.getLogger(__name__).error(message)
+            self._end(FAILED)
 
     def _end(self, problem: str) -> None:
         self.problem = problem

@@ -1,6 +1,8 @@
 """The API as the official client and a plain HTTP client see it."""
 
 import asyncio
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +13,8 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from expertmesh import LLM, InputError
+from expertmesh import LLM, InputError, Topology
+from expertmesh.engine.plan import Plan
 from expertmesh.request import Batch, StepResult
 from expertmesh.server.app import create_app
 from tests.server.conftest import NAME, connect, pages_held, serving
@@ -336,10 +339,10 @@ class Gate:
         self.steps, self._run, self._free = 0, llm.engine.ranks.run, threading.Semaphore(0)
         monkeypatch.setattr(llm.engine.ranks, "run", self)
 
-    def __call__(self, batches: Sequence[Batch]) -> list[StepResult]:
+    def __call__(self, batches: Sequence[Batch], plan: Plan) -> list[StepResult]:
         self.steps += 1
         self._free.acquire()
-        return self._run(batches)
+        return self._run(batches, plan)
 
     def open(self, steps: int) -> None:
         self._free.release(steps)
@@ -386,7 +389,7 @@ def test_a_failing_engine_answers_500_and_is_unhealthy(
 ) -> None:
     llm = new_llm()
     gate = Gate(llm, monkeypatch)
-    monkeypatch.setattr(gate, "_run", lambda batch: 1 / 0)
+    monkeypatch.setattr(gate, "_run", lambda *_: 1 / 0)
     with serving(llm) as url, connect(url) as client:
         found: list[BaseException] = []
 
@@ -414,3 +417,20 @@ def test_a_failing_engine_answers_500_and_is_unhealthy(
         assert "engine failed" in health.json()["error"]["message"]
         assert client.models.list().data[0].id == NAME
     assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_rank_that_dies_while_nobody_asks(
+    new_llm: Callable[..., LLM], caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        new_llm(topology=Topology(1, 2), ranks="processes") as llm,
+        serving(llm) as url,
+        connect(url) as client,
+    ):
+        assert complete(client, max_tokens=2).usage.completion_tokens == 2
+        os.kill(llm.engine.ranks.pids[1], signal.SIGKILL)
+        wait_for(lambda: httpx.get(f"{url}/health").status_code == 503)
+        with pytest.raises(openai.InternalServerError, match="engine failed"):
+            complete(client)
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert "rank 1 (node 0, card 1) on " in said and "SIGKILL" in said

@@ -23,7 +23,7 @@ from expertmesh.server import run
 run.GRACE = 0.1
 llm = LLM(sys.argv[1], cache_tokens=512)
 step = llm.engine.ranks.run
-llm.engine.ranks.run = lambda batch: time.sleep(0.01) or step(batch)
+llm.engine.ranks.run = lambda *work: time.sleep(0.01) or step(*work)
 run.serve(llm, "tiny", sys.argv[2], 0)
 print("after", llm.engine.busy)
 """

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any, cast
 
@@ -9,17 +10,28 @@ import pytest
 
 from expertmesh import Output, SamplingParams
 from expertmesh.engine.engine import Engine
+from expertmesh.errors import RankFailure
 from expertmesh.server.worker import EngineStopped, Job, Worker
+
+
+class Ranks:
+    def __init__(self) -> None:
+        self.callbacks: list[Callable[[str], None]] = []
+
+    def on_failure(self, callback: Callable[[str], None]) -> None:
+        self.callbacks.append(callback)
 
 
 class Counting:
     """An engine whose requests get the text 0123... Each step waits for `gate`; the step number `fails_at` fails."""
 
     def __init__(self, fails_at: int = -1) -> None:
+        self.ranks = Ranks()
         self.lengths: dict[str, tuple[int, int]] = {}  # now, and at the end
         self.threads: set[int] = set()
         self.aborted: list[str] = []
         self.steps, self.fails_at = 0, fails_at
+        self.failure: Exception = RuntimeError("broken on purpose")
         self.gate = threading.Event()
         self.gate.set()
 
@@ -42,7 +54,7 @@ class Counting:
         self.gate.wait()
         self.steps += 1
         if self.steps == self.fails_at:
-            raise RuntimeError("broken on purpose")
+            raise self.failure
         self.lengths = {key: (now + 1, end) for key, (now, end) in self.lengths.items()}
         outputs = [_output(key, now, end) for key, (now, end) in self.lengths.items()]
         self.lengths = {key: (now, end) for key, (now, end) in self.lengths.items() if now < end}
@@ -167,6 +179,38 @@ def test_a_failing_step_ends_all_calls_and_refuses_new_ones(caplog: pytest.LogCa
     assert first == {0: "01"}
     assert all(isinstance(error, EngineStopped) for error in others)
     assert "broken on purpose" in caplog.text
+
+
+@pytest.mark.parametrize("when", ["idle", "in a step"])
+def test_a_rank_that_fails_is_told_once_and_at_once(when: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Also where nobody asks for anything, and where a step that runs tells it too."""
+    engine = Counting(fails_at=1)
+    engine.failure = RankFailure("rank 1 has died")
+
+    async def run() -> None:
+        worker = _worker(engine)
+        for _ in range(2):  # one callback is enough
+            worker.start()
+            await worker.stop()
+        worker.start()
+        engine.gate.clear()
+        calls = [asyncio.create_task(_texts(worker, 2))] if when == "in a step" else []
+        await asyncio.sleep(0.01)
+        (callback,) = engine.ranks.callbacks
+        thread = threading.Thread(target=callback, args=("rank 1 has died",))
+        thread.start()
+        while worker.problem is None:
+            await asyncio.sleep(0.001)
+        with pytest.raises(EngineStopped, match="failed"):
+            await _texts(worker, 1)
+        engine.gate.set()
+        found = await asyncio.gather(*calls, return_exceptions=True)
+        assert all(isinstance(error, EngineStopped) for error in found)
+        await worker.stop()
+        thread.join()
+
+    asyncio.run(run())
+    assert [record.getMessage() for record in caplog.records] == ["rank 1 has died"]
 
 
 def test_stop_ends_what_is_waited_for_and_start_begins_again() -> None:

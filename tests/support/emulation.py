@@ -2,12 +2,16 @@
 
 import os
 import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import psutil
 import pytest
@@ -17,7 +21,10 @@ from expertmesh.emulation.namespaces import inside
 from expertmesh.errors import InputError
 
 T = TypeVar("T")
+Start: TypeAlias = Callable[..., "subprocess.Popen[str]"]
 LIMIT = 60.0  # seconds after which something hangs
+MARK = "EXPERTMESH_TEST_EMULATION"
+EMULATE = [sys.executable, "-m", "expertmesh", "emulate"]
 
 
 def why_not() -> str | None:
@@ -105,3 +112,70 @@ def marked(name: str, value: str) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
+
+
+@contextmanager
+def emulating(program: Callable[[], Sequence[str]], folder: Path) -> Iterator[Start]:
+    """Starts a program, `expertmesh emulate` as a rule, with further words; afterwards nothing of it may be left.
+    Modules in the folder are found first."""
+    value, temporary = os.urandom(8).hex(), folder / "temporary"
+    temporary.mkdir()
+    path = os.pathsep.join([str(folder), *filter(None, sys.path)])
+    environment = os.environ | {MARK: value, "PYTHONPATH": path, "TMPDIR": str(temporary)}
+    before, interfaces, shared = networks(), psutil.net_if_addrs(), set(os.listdir("/dev/shm"))
+    started: list[subprocess.Popen[str]] = []
+
+    def call(*arguments: str, **options: Any) -> "subprocess.Popen[str]":
+        usual = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | {"preexec_fn": _usual_signals}
+        started.append(
+            subprocess.Popen([*program(), *arguments], text=True, env=environment, **(usual | options))
+        )
+        return started[-1]
+
+    yield call
+    for process in started:
+        with process:
+            process.kill()
+
+    def left() -> list[object]:
+        return [*marked(MARK, value), *networks() - before, *set(os.listdir("/dev/shm")) - shared]
+
+    end = time.monotonic() + LIMIT
+    while left() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert left() == list(temporary.iterdir()) == [] and psutil.net_if_addrs() == interfaces
+
+
+def _usual_signals() -> None:
+    """Whatever these tests are started from."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
+class Said:
+    """Lines of a stream as they come, read by a thread, so that nobody waits for who reads them."""
+
+    def __init__(self, stream: Any) -> None:
+        self.lines: list[str] = []
+        self._news = threading.Condition()
+        self._thread = threading.Thread(target=self._read, args=(stream,))
+        self._thread.start()
+
+    def wait_for(self, text: str) -> None:
+        """Until a line has this in it. AssertionError where none ever has."""
+        with self._news:
+            self._news.wait_for(lambda: self._has(text) or not self._thread.is_alive(), LIMIT)
+        assert self._has(text), "\n".join(self.lines)
+
+    def all(self) -> list[str]:
+        self._thread.join(LIMIT)
+        return self.lines
+
+    def _has(self, text: str) -> bool:
+        return any(text in line for line in self.lines)
+
+    def _read(self, stream: Any) -> None:
+        for line in stream:
+            with self._news:
+                self.lines.append(line.rstrip("\n"))
+                self._news.notify_all()
