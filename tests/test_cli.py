@@ -171,18 +171,32 @@ def test_engine_options_arrive(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Non
         seen.extend([*folder, given])
         raise InputError("enough")
 
-    monkeypatch.setattr("expertmesh.commands.options.LLM", load)
+    monkeypatch.setattr("expertmesh.commands.loading.LLM", load)
     for command in (("generate", "-p", "a"), ("chat",), ("demo",), ("serve", "--port", "0")):
         refused(cli(*command, "x", "--no-prefix-cache", "--strict", *options(plain)), "enough")
         assert seen == [
             "x",
-            {**plain, "prefix_cache": False, "strict": True, "progress": True, "topology": Topology()},
+            {
+                **plain,
+                "prefix_cache": False,
+                "strict": True,
+                "progress": True,
+                "topology": Topology(),
+                "launcher": None,
+            },
         ]
         seen.clear()
     refused(cli("generate", "-p", "a"), "enough")
     assert seen == [
         None,
-        {"dtype": "auto", "prefix_cache": True, "strict": False, "progress": True, "topology": Topology()},
+        {
+            "dtype": "auto",
+            "prefix_cache": True,
+            "strict": False,
+            "progress": True,
+            "topology": Topology(),
+            "launcher": None,
+        },
     ]
 
 

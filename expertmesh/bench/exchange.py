@@ -110,7 +110,7 @@ def bench_exchange(
         ranks, rate = _as_processes(workload, names, launcher), launcher.rate
     else:
         ranks, rate = _as_threads(workload, names), None
-    predicted = {name: predict(workload, name) for name in names if name != PLAIN_COLLECTIVE}
+    predicted = {name: predict(workload, name) for name in names}
     measured = _Measured(workload, ranks)
     counted = {name: measured.across(name) for name in names}
     seconds = {name: measured.seconds(name) for name in names}

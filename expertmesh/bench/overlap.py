@@ -73,7 +73,7 @@ class _Driver:
         if self._load.rows > 1:
             self._submit(self._load.rows, 1)
         elif not engine.busy:
-            self._submit(DECODE_PROMPT, engine.config.max_context - DECODE_PROMPT)
+            self._submit(DECODE_PROMPT, (engine.config.max_context or 0) - DECODE_PROMPT)
             self._all_decode()
         start = time.perf_counter()
         engine.step()
@@ -96,7 +96,9 @@ class _Driver:
     def _submit(self, length: int, max_tokens: int) -> None:
         params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
         for _ in range(self._load.requests * self._groups):
-            prompt = torch.randint(min(self._engine.model.vocab_size, 1000), (length,), generator=self._generator)
+            prompt = torch.randint(
+                min(self._engine.model.vocab_size, 1000), (length,), generator=self._generator
+            )
             self._engine.submit(prompt.tolist(), params)
 
     def _all_decode(self) -> None:

@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from expertmesh.bench.gloo import NAME as PLAIN_COLLECTIVE
 from expertmesh.engine.checkpoint import free_memory
 from expertmesh.engine.plan import pieces_of
 from expertmesh.engine.ranks import MOST_RANKS
@@ -91,9 +92,9 @@ class Workload:
 
 
 def predict(workload: Workload, name: str) -> Traffic:
-    """What `mesh.traffic` says of an algorithm."""
+    """What `mesh.traffic` says of an algorithm; the plain collective is flat, in one piece."""
     topology, placement = workload.topology, workload.placement
     choices = placement.choices(0, topology)
     slots = [choices[rank][workload.routed(rank)[0].numpy()] for rank in range(topology.ranks)]
-    how = algorithm(name)
-    return traffic(slots, topology, placement.slots_per_rank, workload.hidden, PLAIN, how, workload.cut)
+    how, pieces = (algorithm("flat"), 1) if name == PLAIN_COLLECTIVE else (algorithm(name), workload.cut)
+    return traffic(slots, topology, placement.slots_per_rank, workload.hidden, PLAIN, how, pieces)

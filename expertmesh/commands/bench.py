@@ -125,7 +125,7 @@ def _exchange_table(report: dict[str, Any]) -> str:
         f"{'error':>9}" + (f"{'perplexity':>12}" if "perplexity" in report else ""),
     ]
     for name, counted in report["cross_node_bytes"].items():
-        law = report["predicted_cross_node_bytes"].get(name, {"total": math.nan})["total"]
+        law = report["predicted_cross_node_bytes"][name]["total"]
         wire = interface[name]["total"] if interface else math.nan
         perplexity = report.get("perplexity", {}).get(name)
         lines.append(

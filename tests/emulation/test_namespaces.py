@@ -17,10 +17,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from expertmesh.emulation import cluster as emulated
+from expertmesh.emulation import switch
 from expertmesh.emulation.bridge import can_delay
 from expertmesh.emulation.cluster import EmulatedCluster, Node
 from expertmesh.errors import InputError
-from expertmesh.launch import emulated, switch
 from tests.support.emulation import (
     LIMIT,
     connection,
