@@ -12,6 +12,7 @@ from expertmesh.engine.plan import Planner
 from expertmesh.request import SamplingParams
 
 DECODE_PROMPT = 32
+DECODE_TOKENS = 480
 LEARNING = 12  # steps in which "auto" may try both
 
 
@@ -73,7 +74,7 @@ class _Driver:
         if self._load.rows > 1:
             self._submit(self._load.rows, 1)
         elif not engine.busy:
-            self._submit(DECODE_PROMPT, (engine.config.max_context or 0) - DECODE_PROMPT)
+            self._submit(DECODE_PROMPT, min(DECODE_TOKENS, (engine.config.max_context or 0) - DECODE_PROMPT))
             self._all_decode()
         start = time.perf_counter()
         engine.step()

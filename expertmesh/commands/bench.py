@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -16,21 +15,14 @@ import torch
 from tqdm import tqdm
 
 from expertmesh.bench.engine import PREFILL
-from expertmesh.bench.exchange import PRELOAD, bench_exchange
-from expertmesh.bench.gloo import NAME as PLAIN_COLLECTIVE
-from expertmesh.bench.perplexity import perplexities
 from expertmesh.bench.plain import write_plain_copy
-from expertmesh.bench.workload import Workload
-from expertmesh.commands.cluster import add_cluster, add_machines, given_cluster, given_topology, launcher_of
-from expertmesh.commands.options import PROMPTS
+from expertmesh.commands.bench_cluster import add_exchange, add_overlap, add_transport
+from expertmesh.commands.cluster import add_cluster, given_cluster, given_topology
 from expertmesh.config import EngineConfig, ModelConfig
 from expertmesh.engine.checkpoint import open_checkpoint
 from expertmesh.errors import InputError
-from expertmesh.launch.launcher import Here
 from expertmesh.llm import demo_model
 from expertmesh.mesh.layout import Layout
-from expertmesh.mesh.topology import Topology
-from expertmesh.mesh.traffic import ALGORITHMS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,105 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--json", action="store_true", help="print JSON, and nothing else")
     add_cluster(engine, machines=False)
     engine.set_defaults(measure=bench_engine, table=_engine_table)
-    exchange = subparsers.add_parser(
-        "exchange", help="bytes, messages and time of rows on their way to experts"
-    )
-    for field, text in WORKLOAD_OPTIONS.items():
-        default = Workload.__dataclass_fields__[field].default
-        name = "--" + field.replace("_", "-")
-        exchange.add_argument(name, type=type(default), metavar="N", help=f"{text} (default: {default})")
-    exchange.add_argument(
-        "--algorithms", metavar="A,B",
-        help=f"besides flat: {', '.join(ALGORITHMS)}, and with processes {PLAIN_COLLECTIVE}, which is flat over "
-        f"torch.distributed and gloo (default: {', '.join(DEFAULT)}, and that)",
-    )  # fmt: skip
-    exchange.add_argument("--ranks", help="threads (default) or processes")
-    add_machines(exchange.add_argument)
-    exchange.add_argument("--no-perplexity", action="store_true", help="do not measure what the formats cost")
-    exchange.add_argument("--json", action="store_true", help="print JSON, and nothing else")
-    exchange.set_defaults(measure=_measure_exchange, table=_exchange_table, clustered=True)
-
-
-WORKLOAD_OPTIONS = {
-    "nodes": "nodes of the cluster",
-    "cards": "cards of each node",
-    "tokens": "rows of each rank",
-    "hidden": "numbers in a row",
-    "experts": "routed experts",
-    "groups": "routing groups",
-    "groups_per_token": "groups that a token may choose from",
-    "experts_per_token": "experts of a token",
-    "redundant": "slots for replicas",
-    "seed": "of routing and rows",
-    "rounds": "measurements of each algorithm",
-    "pieces": "in which the rows of a rank travel; 0: as the engine does it",
-    "timeout": "seconds after which a rank that does not come or answer has failed",
-}
-DEFAULT = ("two_tier", "two_tier_int8", "two_tier_int8_both")
+    add_exchange(subparsers)
+    add_overlap(subparsers)
+    add_transport(subparsers)
 
 
 def run(args: argparse.Namespace) -> int:
     report = args.measure(args)
     print(json.dumps(report) if args.json else args.table(report))
     return 0
-
-
-def _measure_exchange(args: argparse.Namespace) -> dict[str, Any]:
-    if args.ranks not in (None, "threads", "processes"):
-        raise InputError(f"--ranks {args.ranks!r} is not one of threads, processes")
-    launcher = launcher_of(args, PRELOAD)
-    processes = args.ranks == "processes"
-    names = args.algorithms.split(",") if args.algorithms else [*DEFAULT, *[PLAIN_COLLECTIVE] * processes]
-    if PLAIN_COLLECTIVE in names and not processes:
-        raise InputError(f"{PLAIN_COLLECTIVE} needs ranks that are processes: --ranks processes")
-    sizes = {field: getattr(args, field) for field in WORKLOAD_OPTIONS}
-    workload = Workload(**{field: size for field, size in sizes.items() if size is not None})
-    workload.check()
-    if processes and launcher is None:
-        launcher = Here(PRELOAD)
-    report = bench_exchange(workload, names, launcher)
-    if not args.no_perplexity:
-        # Two nodes of two cards: what crosses is quantised, and that is all that the layout changes.
-        report["perplexity"] = perplexities(
-            None,
-            list(PROMPTS.values()),
-            [name for name in report["reduction"] if name in ALGORITHMS],
-            Topology(2, 2),
-        )
-    return report
-
-
-def _exchange_table(report: dict[str, Any]) -> str:
-    rate, interface = report["link_bits_per_second"], report["interface_bytes"]
-    link = f", links of {rate / 1e6:g} Mbit/s" if rate else ""
-    lines = [
-        f"{report['nodes']} nodes x {report['cards']} cards as {report['ranks']}{link}, {report['tokens_per_rank']} "
-        f"rows of {report['hidden']} each; busiest card {report['card_imbalance']:.3f} of the mean",
-        f"{'':20}{'MB across':>10}{'predicted':>10}{'on wire':>9}{'less':>8}{'messages':>10}{'seconds':>9}{'less':>8}"
-        f"{'error':>9}" + (f"{'perplexity':>12}" if "perplexity" in report else ""),
-    ]
-    for name, counted in report["cross_node_bytes"].items():
-        law = report["predicted_cross_node_bytes"][name]["total"]
-        wire = interface[name]["total"] if interface else math.nan
-        perplexity = report.get("perplexity", {}).get(name)
-        lines.append(
-            f"{name:20}{counted['total'] / 1e6:10.2f}{law / 1e6:10.2f}{wire / 1e6:9.2f}{report['reduction'][name]:8.1%}"
-            f"{report['messages'][name]['total']:10}{report['seconds'][name]['total']:9.3f}"
-            f"{report['time_reduction'][name]:8.1%}{report['relative_error'][name]:9.4f}"
-            + (f"{perplexity:12.4f}" if perplexity else "")
-        )
-    if ideal := report["ideal_seconds"]:
-        lines += [
-            "",
-            f"{'seconds':20}{'dispatch':>10}{'ideal':>10}{'combine':>10}{'ideal':>10}{'of ideal':>10}",
-        ]
-        for name, best in ideal.items():
-            took = report["seconds"][name]
-            lines.append(
-                f"{name:20}{took['dispatch']:10.3f}{best['dispatch']:10.3f}{took['combine']:10.3f}"
-                f"{best['combine']:10.3f}{took['combine'] / best['combine']:10.2f}"
-            )
-    return "\n".join(lines)
 
 
 def bench_engine(args: argparse.Namespace) -> dict[str, Any]:
