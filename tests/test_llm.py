@@ -223,7 +223,7 @@ def test_a_stream_that_fails_leaves_nothing_running(tiny_llm: LLM, monkeypatch: 
     assert idle(tiny_llm)
 
 
-def fail(batch: object) -> None:
+def fail(*_: object) -> None:
     raise RuntimeError("broken on purpose")
 
 
