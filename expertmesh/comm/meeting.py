@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from expertmesh.comm.base import CommError
 
 HELLO = struct.Struct("!16sI")  # the cluster's token, which keeps strangers out, and the caller's rank
+ROOM = 4 << 20  # bytes of a connection in either direction
 BACKLOG = 4096  # as many as may call before one is accepted; the system lowers it to what it allows
 
 
@@ -38,6 +39,7 @@ class Listener:
         self._far = socket.socket(socket.AF_INET)
         name = f"expertmesh-rank-{secrets.token_hex(8)}"
         self._near.bind(f"\0{name}")
+        _make_room(self._far)
         self._far.bind((address, 0))
         for each in (self._near, self._far):
             each.listen(BACKLOG)
@@ -101,6 +103,8 @@ class Listener:
 
 def _call(peer: int, place: Place, near: bool, end: float) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX if near else socket.AF_INET)
+    if not near:
+        _make_room(connection)
     connection.settimeout(max(0.001, end - time.monotonic()))
     try:
         connection.connect(f"\0{place.local}" if near else (place.address, place.port))
@@ -111,6 +115,16 @@ def _call(peer: int, place: Place, near: bool, end: float) -> socket.socket:
     if not near:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return connection
+
+
+def _make_room(connection: socket.socket) -> None:
+    """Let the kernel hold whole messages, so that they travel while nobody here moves them. Where it allows less, its
+    own sizes, which grow, are better."""
+    for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, option, ROOM)
+            if probe.getsockopt(socket.SOL_SOCKET, option) >= ROOM:
+                connection.setsockopt(socket.SOL_SOCKET, option, ROOM)
 
 
 def _heard(connection: socket.socket, token: bytes, end: float) -> int | None:

@@ -57,8 +57,8 @@ class _Peer:
 class ProcessComm(Comm):
     """One process's end. Every rank of the cluster creates it at the same time.
 
-    Who waits moves the bytes of all that is under way. In `helped`, a thread does that, for a rank that computes while
-    its rows travel.
+    Who waits moves the bytes of all that is under way, and the kernel what fits into its buffers. In `helped`, for a
+    rank that computes while its rows travel, a thread moves what does not.
     """
 
     def __init__(
@@ -95,6 +95,7 @@ class ProcessComm(Comm):
         self._stage = memoryview(bytearray(STAGE))
         self._waiting: tuple[_ProcessTransfer, float] | None = None
         self._news = threading.Condition()
+        self._may_help = False
         self._helper = Helper(self._selector, self._news, self._move)
 
     def start(
@@ -120,6 +121,8 @@ class ProcessComm(Comm):
             for peer, part in self._early.pop(tag, {}).items():
                 transfer.arrived(peer, part)
             self._send(transfer, [(ranks[i], parts[i]) for i in others if sizes is None or len(parts[i])])
+        if self._may_help and not self._helper.active and self._unsent:
+            self._helper.resume()
         return transfer
 
     def new(self, rank: int, size: int) -> Tensor:
@@ -128,11 +131,14 @@ class ProcessComm(Comm):
 
     @contextmanager
     def helped(self) -> Iterator[None]:
-        self._helper.resume()
+        self._may_help = True
         try:
             yield
         finally:
-            self._helper.pause()
+            self._may_help = False
+            if self._helper.active:
+                self._helper.pause()
+            self._drain()
 
     def where(self) -> str | None:
         """What this rank waits for, and since when."""
@@ -146,6 +152,10 @@ class ProcessComm(Comm):
         self._selector.close()
         for peer in self._peers.values():
             peer.socket.close()
+
+    @property
+    def _unsent(self) -> bool:
+        return any(peer.sending for peer in self._peers.values())
 
     # Waiting, by the rank's own thread
 
@@ -170,7 +180,16 @@ class ProcessComm(Comm):
             del self._awaited[transfer.tag]
             self._memory.publish()
         self._waiting = None
+        if self._helper.active and not self._unsent:
+            self._helper.pause()
         return [transfer.came.get(r, _NOTHING) for r in transfer.ranks]
+
+    def _drain(self) -> None:
+        """Send what the helper has not sent yet: others wait for it, and this rank may not come here for long."""
+        end = time.monotonic() + self.patience
+        while self._unsent and (left := end - time.monotonic()) > 0:
+            with self._news:
+                self._move(self._selector.select(left))
 
     # Moving bytes, by who waits or by the helper; the lock of `_news` is held
 
