@@ -43,9 +43,11 @@ def _measure(driver: "_Driver", steps: int, rate: float | None) -> dict[str, Any
     wire = driver.wire(planners["off"], rate) if rate else None
     for _ in range(LEARNING):
         driver.step(planners["auto"])
+    order = list(seconds)
     for _ in range(steps):
-        for mode, found in seconds.items():
-            found.append(driver.step(planners[mode]))
+        for mode in order:
+            seconds[mode].append(driver.step(planners[mode]))
+        order.append(order.pop(0))  # none always comes after the same other one
     driver.end()
     median = {mode: statistics.median(found) for mode, found in seconds.items()}
     off, on = median["off"], median["on"]
