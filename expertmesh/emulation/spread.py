@@ -27,6 +27,7 @@ class Emulated:
     """The cluster of `expertmesh emulate`, whose first node this process is in. Implements `Launcher`."""
 
     apart = True
+    sharing: int | None = None
 
     def __init__(
         self,

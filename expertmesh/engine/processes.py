@@ -42,15 +42,18 @@ class ProcessRanks:
     ) -> None:
         """launcher: starts the ranks, on this machine where none is given."""
         self.layout = layout
-        self.config, self.memory = resolve_memory(checkpoint, config, layout, kernels, together=False)
+        ranks = layout.topology.ranks
+        sharing = (launcher.sharing if launcher else None) or ranks
+        self.config, self.memory = resolve_memory(
+            checkpoint, config, layout, kernels, sharing, together=False
+        )
         self._steps = 0
         self._writers = [BatchWriter() for _ in range(layout.topology.groups)]
-        ranks = layout.topology.ranks
         common = {
             "folder": str(checkpoint.folder.resolve()),
             "config": asdict(self.config),
             "layout": layout.to_plain(),
-            "threads": max(1, cores() // ranks),
+            "threads": max(1, cores() // sharing),
         }
         specs = [common | {"rank": rank} for rank in range(ranks)]
         launcher = launcher or Here(PRELOAD)

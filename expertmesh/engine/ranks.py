@@ -82,17 +82,23 @@ class Ranks(Protocol):
 
 
 def resolve_memory(
-    checkpoint: Checkpoint, config: EngineConfig, layout: Layout, kernels: Kernels, together: bool
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    layout: Layout,
+    kernels: Kernels,
+    sharing: int,
+    together: bool,
 ) -> tuple[EngineConfig, Memory]:
-    """Settle the size of the caches, before anything is loaded. together: whether the ranks share what is the same.
-    InputError where the model is larger than the memory of this machine."""
+    """Settle the size of the caches, before anything is loaded. sharing: how many ranks share a machine; together:
+    whether they also share what is the same. InputError where the model is larger than the memory of this machine, to
+    which others are taken to be alike."""
     model, topology = checkpoint.config, layout.topology
-    if topology.ranks > MOST_RANKS:
-        raise InputError(f"{topology.ranks} ranks on one machine; at most {MOST_RANKS} are possible")
+    if sharing > MOST_RANKS:
+        raise InputError(f"{sharing} ranks on one machine; at most {MOST_RANKS} are possible")
     dtype = config.dtype_of(model)
     shards = [Shard.of(rank, topology, layout.placement) for rank in range(topology.ranks)]
     kinds = static_bytes(model, dtype, shards[0])  # all ranks have as many slots
-    weights = sum(kinds.values()) * topology.ranks
+    weights = sum(kinds.values()) * sharing
     if together:
         made: dict[Hashable, Tensor] = {}
         for shard in shards:
@@ -100,11 +106,11 @@ def resolve_memory(
         weights = sum(t.numel() * t.element_size() for t in made.values())
     free = free_memory()
     check_memory(checkpoint.folder, weights, free)
-    resolved = config.resolve(model, free - weights, topology.ranks)
+    resolved = config.resolve(model, free - weights, sharing)
     cache = (resolved.cache_tokens or 0) * cache_bytes_per_token(model, dtype)
-    if cache * topology.ranks > free - weights:
+    if cache * sharing > free - weights:
         raise InputError(
-            f"a cache of {resolved.cache_tokens} tokens takes {cache * topology.ranks / 1e9:.1f} GB, and "
+            f"a cache of {resolved.cache_tokens} tokens takes {cache * sharing / 1e9:.1f} GB, and "
             f"{(free - weights) / 1e9:.1f} GB are free beside the weights; lower cache_tokens or page_size"
         )
     return resolved, Memory(kinds, cache, weights)
@@ -136,7 +142,9 @@ class ThreadRanks:
         self, checkpoint: Checkpoint, config: EngineConfig, layout: Layout, kernels: Kernels, progress: bool
     ) -> None:
         self.layout = layout
-        self.config, self.memory = resolve_memory(checkpoint, config, layout, kernels, together=True)
+        self.config, self.memory = resolve_memory(
+            checkpoint, config, layout, kernels, layout.topology.ranks, together=True
+        )
         topology = layout.topology
         self._world = LocalWorld(topology, PATIENCE * config.timeout)
         new = New(TORCH_DTYPES[self.config.dtype], torch.device("cpu"), {})

@@ -36,12 +36,14 @@ class Member:
 class Launcher(Protocol):
     """Starts ranks as processes. nodes, cards: how many there are, where that is not for the driver to choose. apart:
     the ranks are not all on the driver's machine (or behave so): they speak for themselves when the cluster ends, and
-    end by themselves when they do not hear the driver any more. rate: bits/s of a node's link, where that is known."""
+    end by themselves when they do not hear the driver any more. rate: bits/s of a node's link, where that is known.
+    sharing: how many ranks share a machine, its cores and its memory; None: all of them."""
 
     nodes: int | None
     cards: int | None
     apart: bool
     rate: float | None
+    sharing: int | None
 
     def start(self, program: str, specs: Sequence[Spec], timeout: float) -> list[Member]:
         """Every rank calls "package.module:function" with its spec and its channel. RankFailure names those that did
@@ -60,6 +62,7 @@ class Here:
     cards: int | None = None
     apart = False
     rate: float | None = None
+    sharing: int | None = None
 
     def __init__(
         self, preload: Sequence[str], server: ForkServer | None = None, address: str = LOOPBACK

@@ -89,6 +89,7 @@ class Torchrun:
     def __init__(self, place: Place, preload: Sequence[str], interface: str | None) -> None:
         self.nodes: int | None = place.ranks // place.cards
         self.cards: int | None = place.cards
+        self.sharing: int | None = place.cards
         self._place = place
         self._reception = Reception(own_address(place.store[0], interface, self.nodes))
         self._server = ForkServer(preload)
