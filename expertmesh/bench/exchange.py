@@ -83,7 +83,9 @@ class _Timed:
 
     def __enter__(self) -> None:
         meet(self._rank.comm)
-        self._before, self._start = self._rank.count(), time.perf_counter()
+        self._before = self._rank.count()
+        meet_in_node(self._rank.comm)  # nobody of the node sends before it has been read
+        self._start = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
         self._seconds.append(time.perf_counter() - self._start)
@@ -95,9 +97,18 @@ class _Timed:
 def meet(comm: Comm) -> None:
     """Wait until all ranks are here, in three small exchanges: in each node, across nodes, and in each node again.
     Their bytes are counted as attention's, which nothing else is here."""
-    node, rail = comm.topology.node_ranks(comm.rank), comm.topology.rail_ranks(comm.rank)
-    for ranks in (node, rail, node):
-        comm.exchange("attention", ranks, [torch.zeros(1, dtype=torch.uint8)] * len(ranks), [1] * len(ranks))
+    meet_in_node(comm)
+    _meet(comm, comm.topology.rail_ranks(comm.rank))
+    meet_in_node(comm)
+
+
+def meet_in_node(comm: Comm) -> None:
+    """Wait until all ranks of the node are here."""
+    _meet(comm, comm.topology.node_ranks(comm.rank))
+
+
+def _meet(comm: Comm, ranks: Sequence[int]) -> None:
+    comm.exchange("attention", ranks, [torch.zeros(1, dtype=torch.uint8)] * len(ranks), [1] * len(ranks))
 
 
 def bench_exchange(
