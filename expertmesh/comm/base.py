@@ -122,6 +122,10 @@ class Comm(ABC):
         """Inside, what travels does so while this rank computes."""
         return nullcontext()
 
+    def waits(self) -> list[Any] | None:
+        """Bytes that have come or gone so far, and the ranks that this one waits for; None where it waits for none."""
+        return None
+
     def where(self) -> str | None:
         """What this rank waits for at the moment, for reports of other threads."""
         return None

@@ -63,6 +63,9 @@ class Listener:
                 found[peer] = _call(peer, places[peer], peer in near, end)
                 found[peer].sendall(HELLO.pack(token, rank))
             found |= self._answer({peer for peer in places if peer > rank}, places, token, end)
+            for connection in found.values():
+                if connection.family == socket.AF_INET:
+                    _tune(connection, timeout)
         except BaseException:
             for connection in found.values():
                 connection.close()
@@ -112,9 +115,18 @@ def _call(peer: int, place: Place, near: bool, end: float) -> socket.socket:
         connection.close()
         where = "of this node" if near else f"on {place.host} at {place.address}:{place.port}"
         raise CommError(f"cannot reach rank {peer} {where}: {error.strerror or error}") from None
-    if not near:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return connection
+
+
+def _tune(connection: socket.socket, timeout: float) -> None:
+    """Send at once, and find out in about `timeout` seconds where nothing comes through any more, though both ends are
+    there and the driver hears them. A machine answers these probes however busy its rank is."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if hasattr(socket, "TCP_KEEPIDLE"):
+        for option, seconds in ((socket.TCP_KEEPIDLE, timeout / 2), (socket.TCP_KEEPINTVL, timeout / 10)):
+            connection.setsockopt(socket.IPPROTO_TCP, option, max(1, round(seconds)))
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 5)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
 def _make_room(connection: socket.socket) -> None:
@@ -129,8 +141,6 @@ def _make_room(connection: socket.socket) -> None:
 
 def _heard(connection: socket.socket, token: bytes, end: float) -> int | None:
     """The rank of who has called, None where that is no rank of this cluster."""
-    if connection.family == socket.AF_INET:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     data = b""
     with contextlib.suppress(OSError):
         while len(data) < HELLO.size:

@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -95,6 +95,7 @@ class ProcessComm(Comm):
         self._stage = memoryview(bytearray(STAGE))
         self._waiting: tuple[_ProcessTransfer, float] | None = None
         self._news = threading.Condition()
+        self._moved = 0  # bytes
         self._may_help = False
         self._helper = Helper(self._selector, self._news, self._move)
 
@@ -139,6 +140,11 @@ class ProcessComm(Comm):
             if self._helper.active:
                 self._helper.pause()
             self._drain()
+
+    def waits(self) -> list[Any] | None:
+        if (waiting := self._waiting) is None:
+            return None
+        return [self._moved, sorted(waiting[0].missing)]
 
     def where(self) -> str | None:
         """What this rank waits for, and since when."""
@@ -253,9 +259,11 @@ class ProcessComm(Comm):
         while peer.sending:
             pieces = [piece for piece, _ in peer.sending]
             try:
-                left = _behind(pieces, peer.socket.sendmsg(pieces[:64])) if pieces else []
+                count = peer.socket.sendmsg(pieces[:64])
             except BlockingIOError:
                 return
+            self._moved += count
+            left = _behind(pieces, count)
             for _ in range(len(pieces) - len(left)):
                 peer.sending.popleft()[1].unsent -= 1
             if left:
@@ -271,6 +279,7 @@ class ProcessComm(Comm):
             except BlockingIOError:
                 peer.expect(1 if peer.rest is None else len(peer.rest))
                 return
+            self._moved += count
             if not count:
                 self._lose(peer, "closed its connection")
                 return

@@ -29,7 +29,7 @@ def serve_rank(spec: Plain, channel: Channel) -> None:
     torch.set_num_threads(spec["threads"])
     duty = Duty(spec, channel)
     rank = _Rank(spec)
-    duty.where = rank.where
+    duty.where, duty.waits = rank.where, rank.waits
     tell_on_signal(duty.describe, at_once=True)
     duty.serve(rank.obey)
 
@@ -46,6 +46,9 @@ class _Rank:
 
     def where(self) -> str | None:
         return self._comm.where() if self._comm else None
+
+    def waits(self) -> list[Any] | None:
+        return self._comm.waits() if self._comm else None
 
     def obey(self, message: Plain) -> Any:
         """Do what the message says; returns the answer."""

@@ -5,6 +5,7 @@ message names it.
 """
 
 import contextlib
+import math
 import selectors
 import signal
 import socket
@@ -15,6 +16,7 @@ from typing import Any
 
 from expertmesh.errors import RankFailure
 from expertmesh.launch.channel import ChannelClosed
+from expertmesh.launch.duty import COMPUTING
 from expertmesh.launch.inquiry import Inquiries
 from expertmesh.launch.launcher import Launcher, Member, Spec
 from expertmesh.mesh.topology import Topology
@@ -53,6 +55,10 @@ class Crew:
         self._suspects: set[int] = set()
         self._grace: float | None = None  # when the cause of a failure has to have shown
         self._heard = dict.fromkeys(range(len(self.members)), time.monotonic())
+        self._asked = math.inf  # since when
+        self._state: dict[
+            int, tuple[Any, float]
+        ] = {}  # what each rank does, and since when it does just that
         self._bell, self._ears = socket.socketpair()
         self._thread = threading.Thread(target=self._listen, name="listener", daemon=True)
         self._thread.start()
@@ -67,6 +73,7 @@ class Crew:
             raise RankFailure(self.failure)
         try:
             self._answers.clear()
+            self._asked = time.monotonic()
             for member, message in zip(self.members, messages, strict=True):
                 try:
                     member.channel.send(message | {"during": self.during})
@@ -81,6 +88,7 @@ class Crew:
             raise
         if self.failure is not None:
             raise RankFailure(self.failure)
+        self._asked = math.inf
         return [self._answers[rank] for rank in range(len(self.members))]
 
     def on_failure(self, callback: Callable[[str], None]) -> None:
@@ -177,6 +185,9 @@ class Crew:
         with self._news:
             if "done" in message:
                 self._answers[rank] = message["done"]
+            elif "pong" in message:
+                if rank not in self._state or self._state[rank][0] != message["pong"]:
+                    self._state[rank] = message["pong"], self._heard[rank]
             elif "stands" in message:
                 self._stands[rank] = message["stands"]
             elif "failed" in message:  # because of another one, as a rule: wait a moment to hear of that
@@ -189,6 +200,7 @@ class Crew:
         """A rank may compute as long as it likes, but it has a thread that answers. Who does not has failed."""
         silent = [rank for rank, heard in self._heard.items() if now - heard > self.timeout]
         if not silent:
+            self._check_stall(now)
             for member in self.members:
                 with contextlib.suppress(ChannelClosed):  # seen when its channel is read
                     member.channel.send({"do": "ping"})
@@ -200,6 +212,23 @@ class Crew:
             if len(node) > 1 else ": its link is cut or the machine is down"
         )  # fmt: skip
         self._fail(silent[0], f"does not answer any more in {self.during}, for {self.timeout:g} s now{also}")
+
+    def _check_stall(self, now: float) -> None:
+        """Ranks that all hear the driver, and wait for each other while nothing comes through and none computes."""
+        waiting = {r: state[1] for r, (state, _) in self._state.items() if isinstance(state, list)}
+        still = all(now - max(self._state[r][1], self._asked) > self.timeout for r in waiting)
+        if not waiting or not still or any(state == COMPUTING for state, _ in self._state.values()):
+            return
+        # Two that wait for each other, where there are such: others wait for them.
+        pairs = [(a, b) for a, awaited in waiting.items() for b in awaited]
+        a, b = next(
+            ((a, b) for a, b in pairs if (b, a) in pairs), pairs[0] if pairs else (min(waiting), None)
+        )
+        of = f" of {self.describe(b)}" if b is not None else ""
+        self._fail(
+            a, f"has got nothing{of} in {self.during}, for {self.timeout:g} s now, though both answer: the link "
+            "between them is broken"
+        )  # fmt: skip
 
     def _lost(self, member: Member) -> None:
         """A rank's channel has ended."""

@@ -15,6 +15,8 @@ from expertmesh.launch.channel import Channel, ChannelClosed
 from expertmesh.launch.launcher import Spec
 
 ENDED = 1  # exit status of a rank that has ended because another one failed, or that has lost the driver
+IDLE, COMPUTING = "idle", "computing"  # what a rank does that waits for no other
+Waits = list[Any]  # bytes that have come or gone so far, and ranks from which something is awaited
 Obey = Callable[[Spec], Any]
 
 
@@ -25,7 +27,8 @@ class Duty:
     def __init__(self, spec: Spec, channel: Channel) -> None:
         """Of the spec: name; speaks: say on standard error why all have ended; silence: seconds without a word from
         the driver after which this rank gives up, None for never."""
-        self.where: Callable[[], str | None] = lambda: None  # what the rank waits for
+        self.where: Callable[[], str | None] = lambda: None  # what the rank waits for, in words
+        self.waits: Callable[[], Waits | None] = lambda: None  # the same, for the driver
         self._name = f"{spec['name']} on {socket.gethostname()}"
         self._channel, self._speaks, self._silence = channel, spec["speaks"], spec["silence"]
         self._doing: str | None = None
@@ -63,7 +66,8 @@ class Duty:
                 message = self._channel.receive()
                 match message["do"]:
                     case "ping":
-                        self._channel.send({"pong": True})
+                        idle = self._doing is None
+                        self._channel.send({"pong": IDLE if idle else self.waits() or COMPUTING})
                     case "dump":
                         self._channel.send({"stands": self.stands()})
                     case "end":
