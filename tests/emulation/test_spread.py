@@ -1,11 +1,19 @@
 """Ranks of one command on emulated machines: what all say when one is killed or cut off."""
 
+import json
+import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
+from expertmesh.emulation.namespaces import configure, inside
+from expertmesh.emulation.spread import VARIABLE
 from tests.support.emulation import EMULATE, LIMIT, Start, emulating, needs_a_cluster
 
 GENERATE = ["generate", "-p", "Once", "--dtype", "float32", "--max-tokens", "1900", "--ignore-eos", "--json"]
@@ -18,9 +26,10 @@ def start(tmp_path: Path) -> Iterator[Start]:
         yield call
 
 
-def said(start: Start, *options: str) -> list[str]:
-    """What expertmesh says when it fails, the driver's line last."""
+def said(start: Start, *options: str, meanwhile: Callable[[int], None] = lambda pid: None) -> list[str]:
+    """What expertmesh says when it fails, the driver's line last. meanwhile: called with the pid of the emulation."""
     process = start("--nodes", "2", "--cards", "2", *options, "--", *GENERATE, "--timeout", "3")
+    meanwhile(process.pid)
     out, err = process.communicate(timeout=LIMIT)
     assert (process.returncode, out) == (1, "") and "Traceback" not in err, err
     found = [
@@ -61,3 +70,30 @@ def test_a_node_that_is_cut_off_from_the_beginning(start: Start) -> None:
     assert {f"rank {n} on node0 ends: {driver}" for n in range(2)} <= set(lines)
     far = [line for line in lines if line.startswith(("rank 2 on node1", "rank 3 on node1"))]
     assert len(far) == 2 and all("cannot reach the driver at 10.77.0.1:" in line for line in far)
+
+
+@needs_a_cluster
+def test_a_link_that_carries_nothing_between_two_nodes_that_the_driver_hears(start: Start) -> None:
+    """What node 1 sends to node 2 is for a machine that is not there."""
+    *ends, driver = said(start, "--nodes", "3", "--cards", "1", meanwhile=lose_what_node_1_sends_to_node_2)
+    names = [f"rank {n} (node {n}, card 0) on node{n}" for n in range(3)]
+    pairs = [f"{names[a]} has got nothing of {names[b]} in " for a, b in ((1, 2), (2, 1))]
+    assert driver.startswith(tuple(pairs)) and "for 3 s now, though both answer: the link" in driver
+    assert sorted(ends) == [f"{name} ends: {driver}" for name in names]
+
+
+def lose_what_node_1_sends_to_node_2(emulation: int) -> None:
+    def cluster() -> dict[str, Any] | None:
+        for process in psutil.Process(emulation).children(recursive=True):
+            with suppress(psutil.Error):
+                if (text := process.environ().get(VARIABLE)) and len(process.children(recursive=True)) > 3:
+                    return dict(json.loads(text))
+        return None
+
+    while (found := cluster()) is None:
+        time.sleep(0.1)
+    time.sleep(3)  # the ranks have met by now, or do not come at all
+    descriptor = os.open(found["nodes"][1]["namespace"], os.O_RDONLY)
+    change = "neighbour replace 10.77.0.3 lladdr 02:00:00:00:00:99 nud permanent dev eth0"
+    inside(descriptor, lambda: configure("ip", [change]))
+    os.close(descriptor)
