@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from expertmesh.request import Batch, Slice
 
 TRIALS = 3  # steps of either kind before one is preferred
-AGAIN = 100  # steps until the other kind is tried again: it may cost twice as much, and then 1% is lost
+# Steps until the other kind is tried again: soon at first, when little is known, then twice as late each time. It may
+# cost twice as much, and then 1% is lost in the end.
+SOON, LATE = 8, 100
 KEPT = 5  # steps that a judgement is based on
 PIECE = 1 << 15  # bytes of a rank's rows in one piece of the exchange
 MOST_PIECES = 4  # more of them cost more time than they hide
@@ -69,6 +71,8 @@ class _Seen:
     def __init__(self) -> None:
         self._seconds: dict[int, deque[float]] = {1: deque(maxlen=KEPT), 2: deque(maxlen=KEPT)}
         self._steps = 0
+        self._again, self._pause = SOON, SOON
+        self._faster = 1
 
     def choose(self) -> int:
         fewest = min((1, 2), key=lambda n: len(self._seconds[n]))
@@ -76,7 +80,13 @@ class _Seen:
             return fewest
         # What disturbs a step makes it longer: the shortest is nearest to the truth.
         faster = min((1, 2), key=lambda n: min(self._seconds[n]))
-        return 3 - faster if self._steps % AGAIN == 0 else faster
+        if faster != self._faster:
+            self._faster, self._pause, self._again = faster, SOON, self._steps + SOON
+        if self._steps >= self._again:
+            self._pause = min(LATE, 2 * self._pause)
+            self._again = self._steps + self._pause
+            return 3 - faster
+        return faster
 
     def add(self, micro_batches: int, seconds: float) -> None:
         self._steps += 1
