@@ -3,7 +3,6 @@
 That a peer can be reached is found out here, in bounded time, before anything waits for rows.
 """
 
-import contextlib
 import secrets
 import selectors
 import socket
@@ -57,12 +56,12 @@ class Listener:
         at the same time: who has the higher rank calls, the other one answers. CommError names who was not reached, or
         did not call, within `timeout` seconds. The listener is closed."""
         end = time.monotonic() + timeout
-        found = {}
+        found: dict[int, socket.socket] = {}
         try:
             for peer in sorted(peer for peer in places if peer < rank):
                 found[peer] = _call(peer, places[peer], peer in near, end)
                 found[peer].sendall(HELLO.pack(token, rank))
-            found |= self._answer({peer for peer in places if peer > rank}, places, token, end)
+            self._answer(found, {peer for peer in places if peer > rank}, places, token, end)
             for connection in found.values():
                 if connection.family == socket.AF_INET:
                     _tune(connection, timeout)
@@ -79,29 +78,43 @@ class Listener:
         self._far.close()
 
     def _answer(
-        self, missing: set[int], places: Mapping[int, Place], token: bytes, end: float
-    ) -> dict[int, socket.socket]:
-        found = {}
-        with selectors.DefaultSelector() as selector:
-            for each in (self._near, self._far):
-                selector.register(each, selectors.EVENT_READ)
-            while missing:
-                left = end - time.monotonic()
-                if left <= 0:
-                    first = min(missing)
-                    others = f" (nor did ranks {sorted(missing - {first})})" if len(missing) > 1 else ""
-                    raise CommError(f"rank {first} on {places[first].host} did not connect{others}")
-                for event, _ in selector.select(left):
-                    listener = event.fileobj
-                    assert isinstance(listener, socket.socket)
-                    connection, _ = listener.accept()
-                    peer = _heard(connection, token, min(end, time.monotonic() + 5.0))
-                    if peer not in missing:  # a stranger
-                        connection.close()
-                        continue
-                    missing.discard(peer)
-                    found[peer] = connection
-        return found
+        self,
+        found: dict[int, socket.socket],
+        missing: set[int],
+        places: Mapping[int, Place],
+        token: bytes,
+        end: float,
+    ) -> None:
+        """All callers are heard at the same time: one that does not say who it is holds up nobody."""
+        callers: set[socket.socket] = set()  # of whom nobody knows yet who they are
+        try:
+            with selectors.DefaultSelector() as selector:
+                for each in (self._near, self._far):
+                    selector.register(each, selectors.EVENT_READ, None)
+                while missing:
+                    left = end - time.monotonic()
+                    if left <= 0:
+                        first = min(missing)
+                        others = f" (nor did ranks {sorted(missing - {first})})" if len(missing) > 1 else ""
+                        raise CommError(f"rank {first} on {places[first].host} did not connect{others}")
+                    for event, _ in selector.select(left):
+                        connection, said = event.fileobj, event.data
+                        assert isinstance(connection, socket.socket)
+                        if said is None:
+                            caller, _ = connection.accept()
+                            caller.setblocking(False)
+                            callers.add(caller)
+                            selector.register(caller, selectors.EVENT_READ, bytearray())
+                        elif not _hears(connection, said):
+                            selector.unregister(connection)
+                            peer = _who(said, token)
+                            if peer in missing:
+                                missing.discard(peer)
+                                callers.discard(connection)
+                                found[peer] = connection
+        finally:
+            for caller in callers:
+                caller.close()
 
 
 def _call(peer: int, place: Place, near: bool, end: float) -> socket.socket:
@@ -139,16 +152,21 @@ def _make_room(connection: socket.socket) -> None:
                 connection.setsockopt(socket.SOL_SOCKET, option, ROOM)
 
 
-def _heard(connection: socket.socket, token: bytes, end: float) -> int | None:
-    """The rank of who has called, None where that is no rank of this cluster."""
-    data = b""
-    with contextlib.suppress(OSError):
-        while len(data) < HELLO.size:
-            connection.settimeout(max(0.001, end - time.monotonic()))
-            more = connection.recv(HELLO.size - len(data))
-            if not more:
-                return None
-            data += more
-        said, rank = HELLO.unpack(data)
-        return int(rank) if secrets.compare_digest(said, token) else None
-    return None
+def _hears(connection: socket.socket, said: bytearray) -> bool:
+    """Read what a caller says; whether there is more to come."""
+    try:
+        more = connection.recv(HELLO.size - len(said))
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    said += more
+    return bool(more) and len(said) < HELLO.size
+
+
+def _who(said: bytearray, token: bytes) -> int | None:
+    """The rank of who has said that, None where it is no rank of this cluster."""
+    if len(said) < HELLO.size:
+        return None
+    theirs, rank = HELLO.unpack(said)
+    return int(rank) if secrets.compare_digest(theirs, token) else None

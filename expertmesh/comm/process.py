@@ -77,9 +77,15 @@ class ProcessComm(Comm):
         super().__init__(topology, rank)
         self.patience = patience
         node = topology.node_ranks(rank)
+        end = time.monotonic() + timeout
         sockets = listener.meet(rank, places, [peer for peer in node if peer in places], token, timeout)
         near = {peer: sockets[peer] for peer in node if peer in sockets}
-        self._memory = NodeMemory(rank, near)
+        try:
+            self._memory = NodeMemory(rank, near, end - time.monotonic())
+        except BaseException:
+            for connection in sockets.values():
+                connection.close()
+            raise
         self._near = frozenset(near)
         self._peers = {peer: _Peer(peer, connection) for peer, connection in sockets.items()}
         self._selector = selectors.DefaultSelector()
@@ -139,7 +145,7 @@ class ProcessComm(Comm):
             self._may_help = False
             if self._helper.active:
                 self._helper.pause()
-            self._drain()
+        self._drain()  # not where something has failed: who does not take what is sent may be why
 
     def waits(self) -> list[Any] | None:
         if (waiting := self._waiting) is None:
@@ -159,6 +165,11 @@ class ProcessComm(Comm):
         for peer in self._peers.values():
             peer.socket.close()
 
+    def unsent_to(self, transfer: "_ProcessTransfer") -> list[int]:
+        """Ranks that have not taken what is theirs of a transfer."""
+        peers = list(self._peers.values())
+        return [p.rank for p in peers if any(each is transfer for _, each in list(p.sending))]
+
     @property
     def _unsent(self) -> bool:
         return any(peer.sending for peer in self._peers.values())
@@ -177,8 +188,7 @@ class ProcessComm(Comm):
                     )
                 left = end - time.monotonic()
                 if left <= 0:
-                    late = sorted(transfer.missing)
-                    raise CommError(f"{transfer.describe()}, in vain for {self.patience:g} s", late)
+                    raise self._in_vain(transfer)
                 if self._helper.active:
                     self._news.wait(left)
                 else:
@@ -193,9 +203,14 @@ class ProcessComm(Comm):
     def _drain(self) -> None:
         """Send what the helper has not sent yet: others wait for it, and this rank may not come here for long."""
         end = time.monotonic() + self.patience
-        while self._unsent and (left := end - time.monotonic()) > 0:
-            with self._news:
+        with self._news:
+            while left_over := [peer.sending[0][1] for peer in self._peers.values() if peer.sending]:
+                if (left := end - time.monotonic()) <= 0:
+                    raise self._in_vain(left_over[0])
                 self._move(self._selector.select(left))
+
+    def _in_vain(self, transfer: "_ProcessTransfer") -> CommError:
+        return CommError(f"{transfer.describe()}, in vain for {self.patience:g} s", transfer.awaited)
 
     # Moving bytes, by who waits or by the helper; the lock of `_news` is held
 
@@ -344,14 +359,15 @@ class _ProcessTransfer:
         self.missing.remove(peer)
         self.came[peer] = part
 
+    @property
+    def awaited(self) -> list[int]:
+        """Whose parts have not come; where all have, who has not taken this rank's."""
+        return sorted(self.missing) or self.comm.unsent_to(self)
+
     def describe(self) -> str:
-        late = sorted(self.missing)
-        shown = ", ".join(map(str, late[:8])) + (f" and {len(late) - 8} more" if len(late) > 8 else "")
-        return (
-            f"waits in {self.purpose} for rank {shown}"
-            if late
-            else f"waits in {self.purpose} to send its part"
-        )
+        awaited, taking = self.awaited, "" if self.missing else " to take its part"
+        more = f" and {len(awaited) - 8} more" if len(awaited) > 8 else ""
+        return f"waits in {self.purpose} for rank {', '.join(map(str, awaited[:8]))}{more}{taking}"
 
 
 def _memory(part: Tensor) -> memoryview:

@@ -6,6 +6,7 @@ A pool is anonymous memory that is handed over as a descriptor: it goes when its
 import mmap
 import os
 import socket
+import time
 import weakref
 from bisect import bisect
 from collections import Counter, deque
@@ -18,6 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from expertmesh.comm.base import CommError
 
 POOL = 1 << 30  # bytes of address space: only pages that were once written take memory
 ALIGNMENT = 64
@@ -67,8 +70,9 @@ class NodeMemory:
     and let go of. So a sender learns without a message which blocks of its own pool are free again.
     """
 
-    def __init__(self, rank: int, peers: Mapping[int, socket.socket]) -> None:
-        """peers: the other ranks of the node; each calls this at the same time."""
+    def __init__(self, rank: int, peers: Mapping[int, socket.socket], timeout: float) -> None:
+        """peers: the other ranks of the node; each calls this at the same time. CommError names one that does not
+        within `timeout` seconds."""
         self.rank = rank
         ranks = sorted([rank, *peers])
         self._place = {each: place for place, each in enumerate(ranks)}
@@ -76,13 +80,10 @@ class NodeMemory:
         descriptor = os.memfd_create("expertmesh")
         os.ftruncate(descriptor, POOL)
         maps = {rank: mmap.mmap(descriptor, POOL)}
-        for connection in peers.values():
-            socket.send_fds(connection, [b"\0"], [descriptor])
-        for peer, connection in peers.items():
-            _, (theirs,), _, _ = socket.recv_fds(connection, 1, 1)
-            maps[peer] = mmap.mmap(theirs, POOL)
-            os.close(theirs)
-        os.close(descriptor)
+        try:
+            maps |= _trade(descriptor, peers, time.monotonic() + timeout)
+        finally:
+            os.close(descriptor)
         self._maps = {each: np.frombuffer(memory, dtype=np.uint8) for each, memory in maps.items()}
         self._read = {each: memoryview(memory)[: 8 * len(ranks)].cast("Q") for each, memory in maps.items()}
         self._base = torch.from_numpy(self._maps[rank]).data_ptr()
@@ -163,6 +164,29 @@ class NodeMemory:
         if not block.users:
             del self._blocks[block.start]
             self._free.give(block.start, block.size)
+
+
+def _trade(descriptor: int, peers: Mapping[int, socket.socket], end: float) -> dict[int, mmap.mmap]:
+    """Give each peer the descriptor of my pool, and get its pool."""
+    found: dict[int, mmap.mmap] = {}
+    for what in ("give", "get"):
+        for peer, connection in peers.items():
+            connection.settimeout(max(0.001, end - time.monotonic()))
+            try:
+                if what == "give":
+                    socket.send_fds(connection, [b"\0"], [descriptor])
+                    continue
+                data, theirs, _, _ = socket.recv_fds(connection, 1, 1)
+            except OSError as error:
+                raise CommError(
+                    f"rank {peer} of this node shares no memory: {error.strerror or error}"
+                ) from None
+            if not theirs:
+                why = "no descriptor is free" if data else "it closed its connection"
+                raise CommError(f"rank {peer} of this node shares no memory: {why}")
+            found[peer] = mmap.mmap(theirs[0], POOL)
+            os.close(theirs[0])
+    return found
 
 
 def _note(noted: "deque[_Key]", key: _Key, _: object) -> None:

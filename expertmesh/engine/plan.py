@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from expertmesh.request import Batch, Slice
 
 TRIALS = 3  # steps of either kind before one is preferred
-# Steps until the other kind is tried again: soon at first, when little is known, then twice as late each time. It may
-# cost twice as much, and then 1% is lost in the end.
+# Steps until the other kind is tried again, twice: soon at first, when little is known, then twice as late each time.
+# It may cost twice as much, and then 2% are lost in the end.
 SOON, LATE = 8, 100
 KEPT = 5  # steps that a judgement is based on
 PIECE = 1 << 15  # bytes of a rank's rows in one piece of the exchange
@@ -82,11 +82,10 @@ class _Seen:
         faster = min((1, 2), key=lambda n: min(self._seconds[n]))
         if faster != self._faster:
             self._faster, self._pause, self._again = faster, SOON, self._steps + SOON
-        if self._steps >= self._again:
+        if self._steps > self._again:  # two steps: one may be disturbed
             self._pause = min(LATE, 2 * self._pause)
             self._again = self._steps + self._pause
-            return 3 - faster
-        return faster
+        return 3 - faster if self._steps >= self._again - 1 else faster
 
     def add(self, micro_batches: int, seconds: float) -> None:
         self._steps += 1

@@ -48,6 +48,8 @@ class Crew:
         for member in self.members:
             # A live rank reads at any time: what it does not take at once is not even sent for half the time.
             member.channel.bound_sending(timeout / 2)
+            # What it has begun to say it says to the end: the listener waits for that, and hears nobody else.
+            member.channel.bound_receiving(timeout)
         self._news = threading.Condition()
         self._answers: dict[int, Any] = {}
         self._stands: dict[int, str] = {}
@@ -168,6 +170,10 @@ class Crew:
                 if self._grace is not None and now >= self._grace:
                     self._blame()
                 if now >= due:
+                    if (
+                        now - due > self.timeout / 2
+                    ):  # this process was stopped: it is no wonder that it heard nobody
+                        self._heard = dict.fromkeys(self._heard, now)
                     due = now + beat
                     self._check_silence(now)
 
@@ -267,7 +273,7 @@ class Crew:
         because = {"because": why} if failed else {}
         # Who was heard last hears first: to send to the others may take its time.
         for member in sorted(self.members, key=lambda m: -self._heard[m.rank]):
-            with contextlib.suppress(ChannelClosed):
+            with contextlib.suppress(OSError):  # also where the channel is closed from here
                 member.channel.bound_sending(LAST_WORD)
                 member.channel.send({"do": "end"} | because)
         end = time.monotonic() + GRACE

@@ -23,6 +23,7 @@ FIRST_MESSAGE = 4096  # bytes: more is not read of who may be a stranger
 # What a driver may let a rank run.
 PROGRAMS = ("expertmesh.engine.worker:serve_rank", "expertmesh.bench.exchange:serve_rank")
 RETRY = 0.2  # seconds
+HELLO = 1.0  # seconds that a caller has to say the rest of what it has begun
 
 
 def software() -> dict[str, str]:
@@ -65,24 +66,36 @@ class Reception:
         """
         found: dict[int, Arrival] = {}
         end = time.monotonic() + timeout
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._socket, selectors.EVENT_READ)
-            while len(found) < ranks:
-                left = end - time.monotonic()
-                problem = ended() or (_absent(ranks, found, timeout, name, self) if left <= 0 else None)
-                if problem:
-                    dismiss(list(found.values()), problem)
-                    raise RankFailure(problem)
-                if selector.select(min(left, RETRY)):
-                    connection, _ = self._socket.accept()
-                    arrival = self._hear(connection)
-                    if isinstance(arrival, str):
-                        dismiss(list(found.values()), arrival)
-                        raise RankFailure(arrival)
-                    if arrival is not None and arrival.rank < ranks and arrival.rank not in found:
-                        found[arrival.rank] = arrival
-                    elif arrival is not None:
-                        arrival.channel.close()
+        callers: set[socket.socket] = set()  # that have said nothing yet: they hold up nobody
+        try:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._socket, selectors.EVENT_READ)
+                while len(found) < ranks:
+                    left = end - time.monotonic()
+                    problem = ended() or (_absent(ranks, found, timeout, name, self) if left <= 0 else None)
+                    for event, _ in [] if problem else selector.select(min(left, RETRY)):
+                        connection = event.fileobj
+                        assert isinstance(connection, socket.socket)
+                        if connection is self._socket:
+                            caller, _ = connection.accept()
+                            callers.add(caller)
+                            selector.register(caller, selectors.EVENT_READ)
+                            continue
+                        selector.unregister(connection)
+                        callers.discard(connection)
+                        arrival = self._hear(connection)
+                        if isinstance(arrival, str):
+                            problem = arrival
+                        elif arrival is not None and arrival.rank < ranks and arrival.rank not in found:
+                            found[arrival.rank] = arrival
+                        elif arrival is not None:
+                            arrival.channel.close()
+                    if problem:
+                        dismiss(list(found.values()), problem)
+                        raise RankFailure(problem)
+        finally:
+            for caller in callers:
+                caller.close()
         return [found[rank] for rank in range(ranks)]
 
     def close(self) -> None:
@@ -92,7 +105,7 @@ class Reception:
         """Who calls; None for a stranger, a message for a rank that does not fit to this driver."""
         channel = Channel(connection, FIRST_MESSAGE)
         try:
-            channel.bound_receiving(5.0)
+            channel.bound_receiving(HELLO)
             hello = channel.receive()
             channel.bound_receiving(0.0)
             if not secrets.compare_digest(str(hello["token"]), self.token):
@@ -101,13 +114,16 @@ class Reception:
         except (ChannelClosed, ValueError, KeyError, TypeError):
             channel.close()
             return None
+        arrival = Arrival(rank, host, pid, channel)
         if theirs != (ours := software()):
-            return (
+            why = (
                 f"rank {rank} on {host} runs {_listed(theirs)}, the driver on {socket.gethostname()} {_listed(ours)}; "
                 "install the same on all machines"
             )
+            dismiss([arrival], why)
+            return why
         channel.limit = MAX_MESSAGE
-        return Arrival(rank, host, pid, channel)
+        return arrival
 
 
 def dismiss(arrivals: list[Arrival], why: str) -> None:

@@ -12,10 +12,10 @@ from torch import Tensor
 from expertmesh import Topology
 from expertmesh.comm.base import Comm, Received
 from expertmesh.comm.exchange import TieredExchange
-from expertmesh.comm.local import LocalWorld
 from expertmesh.mesh.placement import default_placement
 from expertmesh.mesh.traffic import ALGORITHMS, algorithm, traffic
 from tests.support.cluster import Case, cases
+from tests.support.worlds import EVERY_WORLD, WORLDS, Worlds
 
 EXACT = ["flat", "two_tier"]
 PIECES = st.sampled_from([1, 1, 2, 3, 9])
@@ -27,7 +27,7 @@ def answer(x: Tensor, slot: int, rank: int, size: int) -> Tensor:
 
 
 def run(
-    case: Case, name: str, log: list[list[Any]] | None = None, pieces: int = 1
+    case: Case, name: str, world: Worlds, log: list[list[Any]] | None = None, pieces: int = 1
 ) -> tuple[list[Tensor], list[dict[str, Any]]]:
     """What every rank gets back, and the bytes that each sent."""
     size = case.placement.slots_per_rank
@@ -45,7 +45,7 @@ def run(
                     y[row] += weight * answer(received.x_RD[row], slot, rank, size)
         return exchange.combine(y, received), comm.sent.bytes
 
-    results = LocalWorld(case.topology, 60).run(program)
+    results = world(case.topology).run(program)
     return [r for r, _ in results], [b for _, b in results]
 
 
@@ -59,11 +59,13 @@ def _arrivals(received: Received) -> list[tuple[tuple[float, ...], int, float]]:
     )
 
 
-@given(cases(), st.sampled_from(EXACT), PIECES)
-def test_rows_reach_their_slots_and_come_back_summed(case: Case, name: str, pieces: int) -> None:
+@given(cases(), st.sampled_from(EXACT), PIECES, WORLDS)
+def test_rows_reach_their_slots_and_come_back_summed(
+    case: Case, name: str, pieces: int, world: Worlds
+) -> None:
     size = case.placement.slots_per_rank
     log: list[list[Any]] = [[] for _ in case.ranks]
-    back, _ = run(case, name, log, pieces)
+    back, _ = run(case, name, world, log, pieces)
     expected_log: list[list[Any]] = [[] for _ in case.ranks]
     for rank in case.ranks:
         expected = torch.zeros_like(case.x[rank])
@@ -78,9 +80,9 @@ def test_rows_reach_their_slots_and_come_back_summed(case: Case, name: str, piec
     assert log == [sorted(entries) for entries in expected_log]
 
 
-@given(cases(), st.sampled_from(sorted(ALGORITHMS)), PIECES)
-def test_bytes_sent_are_the_bytes_predicted(case: Case, name: str, pieces: int) -> None:
-    _, sent = run(case, name, pieces=pieces)
+@given(cases(), st.sampled_from(sorted(ALGORITHMS)), PIECES, WORLDS)
+def test_bytes_sent_are_the_bytes_predicted(case: Case, name: str, pieces: int, world: Worlds) -> None:
+    _, sent = run(case, name, world, pieces=pieces)
     size, width = case.placement.slots_per_rank, case.x[0].shape[1]
     law = traffic(case.slots, case.topology, size, width, "float32", algorithm(name), pieces)
     assert (np.array([s["dispatch"] for s in sent]) == law.dispatch_RR).all()
@@ -92,8 +94,8 @@ def test_bytes_sent_are_the_bytes_predicted(case: Case, name: str, pieces: int) 
 )
 def test_quantised_rows_are_close(name: str, bound: float) -> None:
     case = _wide_case()
-    exact, _ = run(case, "two_tier")
-    back, _ = run(case, f"two_tier_{name}")
+    exact, _ = run(case, "two_tier", EVERY_WORLD[0])
+    back, _ = run(case, f"two_tier_{name}", EVERY_WORLD[0])
     for a, b in zip(exact, back, strict=True):
         error = float((a - b).norm() / a.norm())
         assert 0 < error < bound
@@ -111,7 +113,7 @@ def _wide_case() -> Case:
     )
 
 
-@given(cases(), st.sampled_from(sorted(ALGORITHMS)), PIECES)
-def test_the_same_exchange_gives_the_same_bits(case: Case, name: str, pieces: int) -> None:
-    first, second = run(case, name)[0], run(case, name, pieces=pieces)[0]
+@given(cases(), st.sampled_from(sorted(ALGORITHMS)), PIECES, WORLDS)
+def test_the_same_exchange_gives_the_same_bits(case: Case, name: str, pieces: int, world: Worlds) -> None:
+    first, second = run(case, name, EVERY_WORLD[0])[0], run(case, name, world, pieces=pieces)[0]
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

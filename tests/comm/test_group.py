@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from expertmesh import Topology
 from expertmesh.comm.base import Comm
 from expertmesh.comm.group import Clustered, shares
-from expertmesh.comm.local import LocalWorld
+from tests.support.worlds import WORLDS, Worlds
 
 
 @given(st.integers(0, 1000), st.integers(1, 70))
@@ -16,10 +16,11 @@ def test_shares_are_all_rows_and_equal_but_for_one(rows: int, ranks: int) -> Non
     assert sum(found) == rows and max(found) - min(found) <= 1 and found == sorted(found, reverse=True)
 
 
-@given(st.integers(0, 9), st.sampled_from([2, 3, 4]), st.sampled_from([torch.float32, torch.bfloat16]))
-def test_collectives_of_a_group(rows: int, size: int, dtype: torch.dtype) -> None:
+@given(
+    st.integers(0, 9), st.sampled_from([2, 3, 4]), st.sampled_from([torch.float32, torch.bfloat16]), WORLDS
+)
+def test_collectives_of_a_group(rows: int, size: int, dtype: torch.dtype, world: Worlds) -> None:
     """Two groups side by side: none hears the other."""
-    world = LocalWorld(Topology(2, size, size), 60)
     generator = torch.Generator().manual_seed(rows)
     every = torch.randn(2, rows, 8, generator=generator).to(dtype)
     other = torch.randn(2, rows, 3, generator=generator).to(dtype)
@@ -40,7 +41,7 @@ def test_collectives_of_a_group(rows: int, size: int, dtype: torch.dtype) -> Non
         some = group.gather_rows(every[node][mine], wanted)
         return (*gathered, summed, some, columns if columns is not None else gathered[0])
 
-    for rank, (a, b, summed, some, columns) in enumerate(world.run(program)):
+    for rank, (a, b, summed, some, columns) in enumerate(world(Topology(2, size, size)).run(program)):
         node, me = divmod(rank, size)
         assert torch.equal(a, every[node]) and torch.equal(b, other[node])
         mine = slice(sum(counts[:me]), sum(counts[: me + 1]))

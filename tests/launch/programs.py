@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from typing import Any
 
 from expertmesh.launch.channel import Channel, ChannelClosed
@@ -60,6 +61,42 @@ def multiply(spec: dict[str, Any], channel: Channel) -> None:
     for _ in range(5):
         total = (a @ a).exp().sum().log().item()
     channel.send([total, torch.get_num_threads()])
+
+
+class Witness(RuntimeError):
+    """What a rank says that has seen another one fail."""
+
+    def __init__(self, problem: str, suspects: list[int]) -> None:
+        super().__init__(problem)
+        self.suspects = suspects
+
+
+def obey(spec: dict[str, Any], channel: Channel) -> None:
+    """A rank that does its duty, and ends or fails as it is told."""
+    from expertmesh.launch.duty import Duty
+
+    duty = Duty(spec, channel)
+    duty.where = lambda: spec.get("waits")
+
+    def do(message: dict[str, Any]) -> Any:
+        time.sleep(message.get("after", 0.0))
+        match message["do"]:
+            case "echo":
+                return [spec["name"], message["word"]]
+            case "raise":
+                raise ValueError(message["word"])
+            case "witness":
+                raise Witness(message["word"], message["suspects"])
+            case "exit":
+                os._exit(message["status"])
+            case "half":
+                os.write(channel.fileno(), b"\0\0\1\0half a message")
+                os.kill(os.getpid(), message["end"])
+            case "unsayable":
+                return object()
+        return None
+
+    duty.serve(do)
 
 
 def _target(name: str) -> str | None:
