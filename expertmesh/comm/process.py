@@ -50,7 +50,7 @@ class _Peer:
     def expect(self, count: int) -> None:
         """Tell of what comes when so many bytes are there, not with every packet."""
         if count != self.expected:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, min(count, 1 << 30))
             self.expected = count
 
 

@@ -12,7 +12,7 @@ TRIALS = 3  # steps of either kind before one is preferred
 # Steps until the other kind is tried again, twice: soon at first, when little is known, then twice as late each time.
 # It may cost twice as much, and then 2% are lost in the end.
 SOON, LATE = 8, 100
-KEPT = 5  # steps that a judgement is based on
+KEPT = 8  # steps that a judgement is based on
 PIECE = 1 << 15  # bytes of a rank's rows in one piece of the exchange
 MOST_PIECES = 4  # more of them cost more time than they hide
 

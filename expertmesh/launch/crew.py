@@ -57,10 +57,9 @@ class Crew:
         self._suspects: set[int] = set()
         self._grace: float | None = None  # when the cause of a failure has to have shown
         self._heard = dict.fromkeys(range(len(self.members)), time.monotonic())
-        self._asked = math.inf  # since when
-        self._state: dict[
-            int, tuple[Any, float]
-        ] = {}  # what each rank does, and since when it does just that
+        self._asked = math.inf  # when the ranks were asked something that they have not all answered
+        # What each rank does, and since when it does just that.
+        self._state: dict[int, tuple[Any, float]] = {}
         self._bell, self._ears = socket.socketpair()
         self._thread = threading.Thread(target=self._listen, name="listener", daemon=True)
         self._thread.start()
@@ -170,9 +169,8 @@ class Crew:
                 if self._grace is not None and now >= self._grace:
                     self._blame()
                 if now >= due:
-                    if (
-                        now - due > self.timeout / 2
-                    ):  # this process was stopped: it is no wonder that it heard nobody
+                    if now - due > self.timeout / 2:
+                        # This process has been stopped, and so has heard nobody.
                         self._heard = dict.fromkeys(self._heard, now)
                     due = now + beat
                     self._check_silence(now)

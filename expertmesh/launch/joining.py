@@ -23,7 +23,7 @@ FIRST_MESSAGE = 4096  # bytes: more is not read of who may be a stranger
 # What a driver may let a rank run.
 PROGRAMS = ("expertmesh.engine.worker:serve_rank", "expertmesh.bench.exchange:serve_rank")
 RETRY = 0.2  # seconds
-HELLO = 1.0  # seconds that a caller has to say the rest of what it has begun
+PATIENCE = 1.0  # seconds that a caller has to say the rest of what it has begun
 
 
 def software() -> dict[str, str]:
@@ -105,7 +105,7 @@ class Reception:
         """Who calls; None for a stranger, a message for a rank that does not fit to this driver."""
         channel = Channel(connection, FIRST_MESSAGE)
         try:
-            channel.bound_receiving(HELLO)
+            channel.bound_receiving(PATIENCE)
             hello = channel.receive()
             channel.bound_receiving(0.0)
             if not secrets.compare_digest(str(hello["token"]), self.token):

@@ -23,7 +23,7 @@ from expertmesh.mesh.traffic import algorithm
 from tests.support.worlds import EVERY_WORLD, Worlds
 
 WIDTH, EXPERTS, CHOICES = 24, 8, 3
-SCHEDULES = 50
+SCHEDULES = 35
 CLUSTERS = [(1, 2, 1), (2, 1, 1), (1, 2, 2), (3, 1, 1), (2, 2, 1), (2, 2, 2), (1, 4, 2)]
 
 

@@ -282,7 +282,8 @@ def test_thousands_of_exchanges_take_no_more_than_a_few() -> None:
         return len(places)
 
     found = SocketWorld(Topology(1, 3), 60).run(program)
-    assert counts[0] == counts[1] and max(found) < 40
+    # A helper has a descriptor of its own, from when it is needed first.
+    assert counts[1] <= counts[0] + 2 * 3 and max(found) < 40
 
 
 def test_a_closed_cluster_leaves_nothing() -> None:

@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertmesh.engine.plan import LATE, MOST_PIECES, PIECE, Plan, Planner, cut, pieces_of
@@ -138,6 +138,7 @@ def test_auto_follows_a_machine_that_changes(ratio: float, seed: int, cut_first:
         assert sum(took) < 1.03 * min(whole, halves) * len(settled)
 
 
+@settings(max_examples=30)
 @given(st.integers(0, 2**32), st.floats(0.0, 40.0))
 def test_auto_knows_steps_of_different_size_apart(seed: int, fixed: float) -> None:
     """Long steps gain by a cut, short ones lose, in any order; rows vary a little, and part of the time is the same

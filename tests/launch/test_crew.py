@@ -269,7 +269,7 @@ def test_where_ranks_stand(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also while they compute; of one that is stopped, that it does not answer."""
     monkeypatch.setattr(module, "DUMP", 0.5)
     crew = make(2, 2)
-    thread = threading.Thread(target=crew.ask, args=([ECHO | {"after": 3}] * 4, "step 7"))
+    thread = threading.Thread(target=crew.ask, args=([ECHO | {"after": 2}] * 4, "step 7"))
     thread.start()
     time.sleep(0.3)
     os.kill(crew.members[2].pid, signal.SIGSTOP)
