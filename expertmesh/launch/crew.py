@@ -209,13 +209,14 @@ class Crew:
                 with contextlib.suppress(ChannelClosed):  # seen when its channel is read
                     member.channel.send({"do": "ping"})
             return
+        # Others of its node may be silent for a moment less.
         node = self.topology.node_ranks(silent[0])
-        alone = [rank for rank in node if now - self._heard[rank] < self.timeout / 2]
-        also = "" if alone or self.topology.nodes == 1 or not self._launcher.apart else (
-            ", nor does any other rank of its node: its link is cut or the machine is down"
-            if len(node) > 1 else ": its link is cut or the machine is down"
-        )  # fmt: skip
-        self._fail(silent[0], f"does not answer any more in {self.during}, for {self.timeout:g} s now{also}")
+        first, *others = [rank for rank in node if now - self._heard[rank] > self.timeout / 2]
+        also = ""
+        if self._launcher.apart and self.topology.nodes > 1 and len(others) == len(node) - 1:
+            also = ", nor does any other rank of its node" if others else ""
+            also += ": its link is cut or the machine is down"
+        self._fail(first, f"does not answer any more in {self.during}, for {self.timeout:g} s now{also}")
 
     def _check_stall(self, now: float) -> None:
         """Ranks that all hear the driver, and wait for each other while nothing comes through and none computes."""
