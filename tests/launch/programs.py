@@ -80,6 +80,8 @@ def obey(spec: dict[str, Any], channel: Channel) -> None:
 
     def do(message: dict[str, Any]) -> Any:
         time.sleep(message.get("after", 0.0))
+        while "until" in message and not os.path.exists(message["until"]):
+            time.sleep(0.01)
         match message["do"]:
             case "echo":
                 return [spec["name"], message["word"]]

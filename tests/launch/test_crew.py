@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -67,6 +68,13 @@ def make(server: ForkServer) -> Iterator[Make]:
             return crew
 
         yield call
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    limit = time.monotonic() + LIMIT
+    while not true():
+        assert time.monotonic() < limit
+        time.sleep(0.01)
 
 
 def ended(crew: Crew) -> bool:
@@ -265,30 +273,32 @@ def test_an_interrupt_while_something_is_asked(make: Make) -> None:
         crew.ask([ECHO] * 2)
 
 
-def test_where_ranks_stand(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_ranks_stand(make: Make, tmp_path: Path) -> None:
     """Also while they compute; of one that is stopped, that it does not answer."""
-    monkeypatch.setattr(module, "DUMP", 0.5)
-    crew = make(2, 2)
-    thread = threading.Thread(target=crew.ask, args=([ECHO | {"after": 2}] * 4, "step 7"))
+    crew, end = make(2, 2), tmp_path / "end"
+    thread = threading.Thread(target=crew.ask, args=([ECHO | {"until": str(end)}] * 4, "step 7"))
     thread.start()
-    time.sleep(0.3)
-    os.kill(crew.members[2].pid, signal.SIGSTOP)
     try:
+        wait_until(lambda: all("time.sleep" in text for text in crew.stands()))
+        os.kill(crew.members[2].pid, signal.SIGSTOP)
+        wait_until(lambda: psutil.Process(crew.members[2].pid).status() == psutil.STATUS_STOPPED)
         said = crew.stands()
     finally:
         os.kill(crew.members[2].pid, signal.SIGCONT)
+        end.touch()
+        thread.join(LIMIT)
     for rank, (text, member) in enumerate(zip(said, crew.members, strict=True)):
         name = f"rank {rank} (node {rank // 2}, card {rank % 2}) on {socket.gethostname()}"
         assert text.startswith(f"{name}, process {member.pid}, step 7: ")
-        assert ("does not answer within 0.5 s" in text) == (rank == 2)
+        assert (f"does not answer within {module.DUMP:g} s" in text) == (rank == 2)
         assert ("computes (echo)\n" in text and "time.sleep" in text) == (rank != 2)
-    thread.join(LIMIT)
-    assert ["waits for the driver" in text for text in crew.stands()] == [True] * 4
+    wait_until(lambda: ["waits for the driver" in text for text in crew.stands()] == [True] * 4)
 
 
 def test_what_a_rank_waits_for(make: Make) -> None:
-    (said,) = make(1, 1, waits="waits for rank 5").stands()
-    assert ": waits for rank 5\n" in said
+    crew = make(1, 1, waits="waits for rank 5")
+    crew.ask([ECHO])
+    assert ": waits for rank 5\n" in crew.stands()[0]
 
 
 @pytest.mark.parametrize(("silence", "status"), [(0.5, ENDED), (None, None)])
