@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -35,10 +34,8 @@ node = int(os.environ["RANK"])
 def call(name, *words):
     err = io.StringIO()
     with contextlib.redirect_stderr(err):
-        start = time.monotonic()
         code = main(["generate", "-p", "x", "--timeout", "2", *words])
-    taken = time.monotonic() - start
-    print(name, code, taken < (4.5 if name == "missing" else 3.5), err.getvalue(), sep="|", end="")
+    print(name, code, err.getvalue(), sep="|", end="")
 
 call("missing", "--nodes", "4", "--cards", "1", "--join", "10.77.0.1:29501")
 call("nobody", "--nodes", "3", "--cards", "1", "--join", "10.77.0.9:29502")
@@ -149,9 +146,8 @@ def test_ranks_that_run_and_one_that_is_killed(start: Start) -> None:
     assert " generate -p Once upon a time" in str(engine["command"])
     stopped = ranks[3]["process"]
     os.kill(stopped, signal.SIGSTOP)
-    begin = time.monotonic()
     done = subprocess.run(DOCTOR, capture_output=True, text=True, check=True)
-    assert time.monotonic() - begin < 12 and f"process {stopped}: does not answer within 2 s" in done.stdout
+    assert f"process {stopped}: does not answer within 2 s" in done.stdout
     os.kill(stopped, signal.SIGCONT)
     os.kill(ranks[1]["process"], signal.SIGUSR1)
     err.wait_for(f"rank 1 (node 0, card 1) on node0, process {ranks[1]['process']}, step")
@@ -220,29 +216,28 @@ def test_machines_that_do_not_find_each_other(start: Start, tmp_path: Path) -> N
     (tmp_path / "roll.py").write_text(ROLL)
     process = start("--nodes", "3", "--", sys.executable, str(tmp_path / "roll.py"))
     out, err = process.communicate(timeout=LIMIT)
-    found: dict[str, dict[int, tuple[str, str, str]]] = {}
+    found: dict[str, dict[int, tuple[str, str]]] = {}
     for line in out.splitlines():
         host, _, rest = line.partition("] ")
-        name, code, soon, message = rest.split("|")
-        found.setdefault(name, {})[int(host[-1])] = (code, soon, message)
+        name, code, message = rest.split("|")
+        found.setdefault(name, {})[int(host[-1])] = (code, message)
     hosts = "node0 (10.77.0.1), node1 (10.77.0.2), node2 (10.77.0.3)"
-    for code, soon, message in found["missing"].values():
-        assert (code, soon) == ("1", "True")
+    for code, message in found["missing"].values():
+        assert code == "1"
         assert message.startswith("expertmesh: 3 of 4 machines came to 10.77.0.1:29501 within 2 s: ")
         assert sorted(message.split(": ")[2].partition(";")[0].split(", ")) == hosts.split(", ")
         assert message.endswith("; start the same line on the others too")
-    for node, (code, soon, message) in found["nobody"].items():
-        assert (code, soon) == ("1", "True")
+    for node, (code, message) in found["nobody"].items():
+        assert code == "1"
         assert message.startswith(f"expertmesh: node{node} cannot reach 10.77.0.9:29502 within 2 s: ")
-    code, soon, message = found["in use"].pop(0)
-    assert (code, soon) == ("2", "True") and "29503 on node0: Address already in use; take another" in message
-    for code, soon, message in found["in use"].values():
-        assert (code, soon) == ("1", "True") and "what listens there is not the store" in message
+    code, message = found["in use"].pop(0)
+    assert code == "2" and "29503 on node0: Address already in use; take another" in message
+    for code, message in found["in use"].values():
+        assert code == "1" and "what listens there is not the store" in message
     for name, one, other in (("cards", 1, 2), ("nodes", 2, 3)):
         assert set(found[name].values()) == {
             (
                 "2",
-                "True",
                 f"expertmesh: --{name} is {one} on node0 (10.77.0.1) and {other} on node2 (10.77.0.3): start the same "
                 "line on all machines",
             )
