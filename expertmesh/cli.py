@@ -11,7 +11,7 @@ COMMANDS = {
     "chat": "talk with a model in the terminal",
     "serve": "serve the OpenAI API",
     "demo": "let the demo model write in each of its domains",
-    "bench": "measure: `expertmesh bench engine`, `expertmesh bench exchange`",
+    "bench": "measure: `bench engine`, `exchange`, `overlap` or `transport`",
     "memory": "static memory of a rank by kind, for one layout or several",
     "emulate": "run a command on a cluster of machines emulated on this one",
     "doctor": "show devices, kernels, compiler and network",

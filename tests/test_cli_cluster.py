@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from expertmesh.cli import main
+from expertmesh.commands import cluster
 from expertmesh.engine.ranks import ThreadRanks
+from expertmesh.launch.launcher import Here
+from expertmesh.llm import demo_model
 from tests.support.files import CONFIGS
 
 GENERATE = ["--token-ids", "5,6,7", "--max-tokens", "6", "--temperature", "0", "--ignore-eos", "--json"]
@@ -93,6 +96,64 @@ def test_what_formats_cost_is_measured_on_the_demo_model(
     assert found["two_tier_int8_both"] == pytest.approx(found["flat"], rel=0.05)
 
 
+def test_bench_overlap(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its ranks are processes without being told, and `auto` is its time over the best one's."""
+    words = ["--nodes", "2", "--cards", "1", "--loads", "2x1", "--steps", "1", "--json"]
+    code, out, _ = run(capsys, "bench", "overlap", str(tiny_folder), *words)
+    found = json.loads(out)["loads"]["decode 2"]
+    seconds = found["seconds"]
+    assert code == 0 and found["on"] == seconds["off"] / seconds["on"]
+    assert found["auto"] == seconds["auto"] / min(seconds["off"], seconds["on"])
+
+
+@pytest.mark.parametrize(
+    ("words", "timeout", "local"),
+    [
+        (["generate", "-p", "x"], 30.0, {"folder": str(demo_model())}),
+        (["serve", "a/folder", "--timeout", "7"], 7.0, {"folder": str(Path("a/folder").absolute())}),
+        (["bench", "overlap"], 30.0, {"folder": str(demo_model())}),
+        (["bench", "exchange"], 300.0, {}),
+    ],
+)
+def test_a_rank_that_is_not_the_drivers(
+    words: list[str], timeout: float, local: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes the model of its own machine, and waits as long as the command's own time limit says."""
+    names = {
+        "RANK": 1,
+        "WORLD_SIZE": 2,
+        "LOCAL_RANK": 0,
+        "LOCAL_WORLD_SIZE": 1,
+        "MASTER_ADDR": "h",
+        "MASTER_PORT": 1,
+    }
+    for name, value in names.items():
+        monkeypatch.setenv(name, str(value))
+    found: list[Any] = []
+    monkeypatch.setattr(cluster, "work", lambda own, *rest: found.append((own.rank, *rest)))
+    assert main(words) == 0 and found == [(1, timeout, None, local)]
+
+
+@pytest.mark.parametrize(
+    "words", [[*EXCHANGE, "--groups", "3"], ["bench", "overlap", "/nowhere"], ["chat", "/nowhere"]]
+)
+def test_what_would_start_ranks_is_closed_where_input_is_refused(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = []
+
+    class Fake(Here):
+        def __init__(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def close(self) -> None:
+            closed.append(self)
+
+    monkeypatch.setattr(cluster, "Here", Fake)
+    refused(capsys, *words, "--ranks", "processes", "--interface", "lo")
+    assert len(closed) == 1
+
+
 def test_memory_compares_layouts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_bytes((CONFIGS / "deepseek-v3.json").read_bytes())
     _, out, _ = run(capsys, "memory", str(tmp_path), "--layout", "2x8", "--layout", "8x8x8", "--json")
@@ -117,7 +178,11 @@ def test_memory_compares_layouts(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["generate", *GENERATE, "--nodes", "2", "--redundant", "9"], "9 redundant slots"),
         (["bench", "engine", "--nodes", "2", "--exchange", "ring"], "exchange 'ring'"),
         ([*EXCHANGE, "--algorithms", "ring"], "exchange 'ring' is not one of flat"),
+        ([*EXCHANGE, "--algorithms", "flat,ring", "--ranks", "processes"], "exchange 'ring' is not one of flat"),
         ([*EXCHANGE, "--nodes", "0"], "nodes is 0"),
+        ([*EXCHANGE, "--interface", "lo"], "--interface is of ranks that are processes"),
+        (["generate", *GENERATE, "--nodes", "2", "--interface", "lo"], "--interface is of ranks that are processes"),
+        (["bench", "overlap", "--ranks", "threads"], "--ranks threads: overlap hides what processes send"),
         ([*EXCHANGE, "--groups", "3"], "3 groups do not divide 256 experts"),
         ([*EXCHANGE, "--groups-per-token", "9"], "9 groups a token, but there are 8"),
         ([*EXCHANGE, "--seed", "-1"], "seed is -1, but must be from 0"),
@@ -127,6 +192,7 @@ def test_memory_compares_layouts(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["bench", "engine", "--timeout", "-1"], "timeout is -1"),
         (["memory", "--layout", "2x8", "--nodes", "3"], "--layout takes the place of --nodes"),
         ([*EXCHANGE, "--experts-per-token", "200"], "hold fewer than 200 experts"),
+        ([*EXCHANGE, "--groups", "1", "--groups-per-token", "1", "--experts-per-token", "256"], "256 experts a token"),
         ([*EXCHANGE, "--tokens", "100000000"], "GB are free here"),
         ([*EXCHANGE, "--ranks", "fibers"], "not one of threads, processes"),
         (["memory", "--layout", "8by8"], "not of the form 8x8"),

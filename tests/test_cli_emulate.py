@@ -1,5 +1,7 @@
 """`expertmesh emulate`: programs on an emulated cluster, what they find there, how they end, and what is left."""
 
+import argparse
+import importlib
 import json
 import signal
 import subprocess
@@ -11,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from expertmesh.cli import main
+from expertmesh.cli import COMMANDS, main
+from expertmesh.commands.emulate import ELSEWHERE, SPREAD
 from expertmesh.emulation.bridge import can_delay
 from tests.support.emulation import EMULATE, LIMIT, Start, emulating, needs_a_cluster, why_not
 
@@ -187,7 +190,7 @@ def test_a_command_as_it_is(run: Callable[..., tuple[int, list[str], str]], tiny
     """It need not know that it is in an emulated cluster. What it refuses is its own matter."""
     code, out, _ = run("--nodes", "2", "doctor")
     assert code == 0 and any("node0" in line for line in out)
-    code, out, err = run("--nodes", "2", "memory", "/nowhere")
+    code, out, err = run("--nodes", "2", "generate", "/nowhere", "-p", "x")
     assert (code, out) == (2, []) and "no such folder" in err
     prompt = ["-p", "-", "--max-tokens", "2"]
     code, out, _ = run("--nodes", "2", "--", "generate", str(tiny_folder), *prompt, text="the")
@@ -456,6 +459,10 @@ def test_without_the_right(
         (["--nodes", "2", "--cards", "2", "--kill", "2@1", "--", "sleep", "1"], "--kill '2@1': there is no node 2"),
         (["--nodes", "2", "--cards", "2", "--kill", "4@1", "chat"], "there is no rank 4; the last one is 3"),
         (["--nodes", "2", "--cards", "2", "--kill", "2@1", "--", "chat", "--join", "x"], "there is no node 2"),
+        (["--nodes", "2", "--", "memory", "--layout", "2x8"], "memory knows one machine only: run it without emulate"),
+        (["--nodes", "2", "--", "expertmesh", "bench", "transport"], "bench transport knows one machine only"),
+        (["--nodes", "2", "emulate", "--nodes", "2", "chat"], "emulate knows one machine only"),
+        (["--nodes", "2", "--kill", "1@1", "doctor"], "--kill: doctor has no ranks on nodes; generate, chat, serve"),
         (["--nodes", "2", "--", "no-such-program"], "no-such-program: no such program, and no command of"),
     ],
 )  # fmt: skip
@@ -471,10 +478,23 @@ def test_bad_input(
     )
 
 
+def test_the_commands_that_it_knows_of() -> None:
+    """Spread are those whose ranks may be on several machines."""
+    found: dict[str, bool] = {}
+    for name in COMMANDS:
+        parser = argparse.ArgumentParser()
+        importlib.import_module(f"expertmesh.commands.{name}").add_arguments(parser)
+        subparsers = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+        inner = [(f"{name} {what}", sub) for action in subparsers for what, sub in action.choices.items()]
+        found |= {full: bool(sub.get_default("clustered")) for full, sub in inner or [(name, parser)]}
+    assert set(SPREAD) == {name for name, spread in found.items() if spread}
+    assert set(ELSEWHERE) == {name for name, spread in found.items() if not spread} - {"doctor"}
+
+
 def test_missing_tools(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    code = main(["emulate", "--nodes", "2", "memory"])
+    code = main(["emulate", "--nodes", "2", "doctor"])
     out, err = capsys.readouterr()
     assert (code, out) == (2, "") and err.endswith("takes the program ip, tc, bridge: install iproute2\n")

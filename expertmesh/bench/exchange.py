@@ -4,7 +4,8 @@ Experts are replaced by their weights alone, so that what comes back is known: e
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -17,14 +18,13 @@ from expertmesh.bench.workload import Workload, predict
 from expertmesh.comm.base import Comm
 from expertmesh.comm.exchange import TieredExchange
 from expertmesh.comm.local import LocalWorld
-from expertmesh.comm.process import ProcessComm
-from expertmesh.comm.seat import Seat
-from expertmesh.engine.processes import introduce
+from expertmesh.engine.processes import assemble, tell_standings
+from expertmesh.engine.worker import RankProcess, serve
 from expertmesh.launch.channel import Channel
 from expertmesh.launch.crew import Crew
-from expertmesh.launch.duty import Duty
 from expertmesh.launch.interfaces import Counters, interface_of, is_loopback
 from expertmesh.launch.launcher import Launcher
+from expertmesh.mesh.topology import Topology
 from expertmesh.mesh.traffic import Phase, Traffic, algorithm
 
 PHASES: tuple[Phase, ...] = ("dispatch", "combine")
@@ -218,47 +218,40 @@ def _as_threads(workload: Workload, names: Sequence[str]) -> list[dict[str, Any]
 def _as_processes(workload: Workload, names: Sequence[str], launcher: Launcher) -> list[dict[str, Any]]:
     ranks = workload.topology.ranks
     specs = [{"workload": asdict(workload), "rank": rank} for rank in range(ranks)]
-    crew = Crew(launcher, PROGRAM, specs, workload.topology, workload.timeout)
-    try:
-        introduce(crew)
+    with assembled(launcher, PROGRAM, specs, workload.topology, workload.timeout) as crew:
         found = [
             crew.ask([{"do": "measure", "name": name}] * ranks, f"the measurement of {name}")
             for name in names
         ]
-    finally:
-        crew.close()
     return [{name: one[rank] for name, one in zip(names, found, strict=True)} for rank in range(ranks)]
+
+
+@contextmanager
+def assembled(
+    launcher: Launcher, program: str, specs: Sequence[dict[str, Any]], topology: Topology, timeout: float
+) -> Iterator[Crew]:
+    """Ranks that have met, until the end of the block; also where they stand, on SIGUSR1."""
+    crew, _ = assemble(launcher, program, specs, topology, timeout)
+    with closing(crew):
+        tell_standings(crew)
+        yield crew
 
 
 def serve_rank(spec: dict[str, Any], channel: Channel) -> None:
     """One rank as a process."""
-    torch.set_num_threads(1)
-    duty = Duty(spec, channel)
-    rank = _Process(spec)
-    duty.serve(rank.obey)
+    serve(spec, channel, 1, _Process)
 
 
-class _Process:
+class _Process(RankProcess):
     def __init__(self, spec: dict[str, Any]) -> None:
         self._workload, self._address = Workload(**spec["workload"]), spec["address"]
-        topology, number = self._workload.topology, spec["rank"]
-        self._seat = Seat(topology, number, self._address, topology.all_ranks())
-        self._comm: ProcessComm | None = None
+        topology = self._workload.topology
+        super().__init__(topology, spec["rank"], self._address, topology.all_ranks(), self._workload.timeout)
         self._plain: Comm | None = None
 
-    def obey(self, message: dict[str, Any]) -> Any:
-        """Do what the message says; returns the answer."""
-        match message["do"]:
-            case "place":
-                return self._seat.place()
-            case "meet":
-                self._comm = self._seat.meet(message, self._workload.timeout, self._workload.timeout)
-                return None
-            case "measure":
-                assert self._comm is not None
-                if message["name"] == PLAIN_COLLECTIVE:
-                    self._plain = self._plain or GlooComm(self._comm, self._address, self._workload.timeout)
-                interface = None if is_loopback(self._address) else interface_of(self._address)
-                return Rank(self._comm, self._workload, interface, self._plain).measure(message["name"])
-            case other:
-                raise ValueError(f"no such message: {other}")
+    def do(self, message: dict[str, Any]) -> Any:
+        """Measure, the only thing that is asked."""
+        if message["name"] == PLAIN_COLLECTIVE:
+            self._plain = self._plain or GlooComm(self.comm, self._address, self._workload.timeout)
+        interface = None if is_loopback(self._address) else interface_of(self._address)
+        return Rank(self.comm, self._workload, interface, self._plain).measure(message["name"])

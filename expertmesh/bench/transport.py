@@ -7,14 +7,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from expertmesh.bench.exchange import meet
+from expertmesh.bench.exchange import assembled, meet
 from expertmesh.bench.gloo import GlooComm
-from expertmesh.comm.process import ProcessComm
-from expertmesh.comm.seat import Seat
-from expertmesh.engine.processes import introduce
+from expertmesh.engine.checkpoint import free_memory
+from expertmesh.engine.worker import RankProcess, serve
+from expertmesh.errors import InputError
 from expertmesh.launch.channel import Channel
-from expertmesh.launch.crew import Crew
-from expertmesh.launch.duty import Duty
 from expertmesh.launch.launcher import Here
 from expertmesh.mesh.topology import Topology
 
@@ -29,14 +27,11 @@ RUN = 5  # exchanges in a measurement
 def bench_transport(ranks: int, rounds: int) -> dict[str, Any]:
     """Seconds of one exchange, by size and kind, medians over rounds in which the kinds take turns, and how many times
     faster than gloo. in place: parts that were written where others read them, as the engine's exchange does it;
-    copied: parts that lay elsewhere."""
-    topology = Topology(1, ranks, 1)
-    crew = Crew(
-        Here(PRELOAD), PROGRAM, [{"rank": r, "ranks": ranks} for r in range(ranks)], topology, TIMEOUT
-    )
+    copied: parts that lay elsewhere. InputError where the memory is too small."""
+    check_memory(ranks)
+    specs = [{"rank": rank, "ranks": ranks} for rank in range(ranks)]
     found: dict[int, dict[str, list[float]]] = {size: {kind: [] for kind in KINDS} for size in SIZES}
-    try:
-        introduce(crew)
+    with assembled(Here(PRELOAD), PROGRAM, specs, Topology(1, ranks, 1), TIMEOUT) as crew:
         for size in SIZES:
             for _ in range(rounds):
                 for kind in KINDS:
@@ -44,8 +39,6 @@ def bench_transport(ranks: int, rounds: int) -> dict[str, Any]:
                         [{"do": "measure", "kind": kind, "size": size}] * ranks, f"{size} bytes, {kind}"
                     )
                     found[size][kind].append(max(answers))
-    finally:
-        crew.close()
     seconds = {
         str(size): {kind: statistics.median(taken) for kind, taken in kinds.items()}
         for size, kinds in found.items()
@@ -54,35 +47,39 @@ def bench_transport(ranks: int, rounds: int) -> dict[str, Any]:
     return {"ranks": ranks, "rounds": rounds, "seconds": seconds, "times_faster_than_gloo": times}
 
 
+def check_memory(ranks: int) -> None:
+    """InputError where it is too small for the largest parts."""
+    # Two generations of them in the shared pools, which keep what they once took, and what gloo sends and receives.
+    wanted = 4 * ranks**2 * SIZES[-1]
+    if wanted > (free := free_memory()):
+        raise InputError(
+            f"{ranks} ranks need about {wanted / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free here; take fewer ranks"
+        )
+
+
 def serve_rank(spec: dict[str, Any], channel: Channel) -> None:
     """One rank as a process."""
-    torch.set_num_threads(1)
-    duty = Duty(spec, channel)
-    duty.serve(_Process(spec).obey)
+    serve(spec, channel, 1, _Process)
 
 
-class _Process:
+class _Process(RankProcess):
     def __init__(self, spec: dict[str, Any]) -> None:
         topology, self._address = Topology(1, spec["ranks"], 1), spec["address"]
-        self._seat = Seat(topology, spec["rank"], self._address, topology.all_ranks())
-        self._comm: ProcessComm | None = None
+        super().__init__(topology, spec["rank"], self._address, topology.all_ranks(), TIMEOUT)
 
-    def obey(self, message: dict[str, Any]) -> Any:
-        """Do what the message says; returns the answer."""
-        if message["do"] == "place":
-            return self._seat.place()
-        if message["do"] == "meet":
-            self._comm = self._seat.meet(message, TIMEOUT, TIMEOUT)
-            GlooComm(self._comm, self._address, TIMEOUT)  # makes the default group
-            return None
+    def begin(self) -> None:
+        GlooComm(self.comm, self._address, TIMEOUT)  # makes the default group
+
+    def do(self, message: dict[str, Any]) -> Any:
+        """Measure, the only thing that is asked."""
         return self._measure(message["kind"], message["size"])
 
     def _measure(self, kind: str, size: int) -> float:
         """Seconds of one exchange, each rank reading a byte of every page that it was sent."""
-        assert self._comm is not None
-        comm, count, seconds = self._comm, self._comm.topology.ranks, 0.0
+        comm, count, seconds = self.comm, self.comm.topology.ranks, 0.0
         ranks = comm.topology.all_ranks()
-        whole, received = torch.empty(2, count * size if kind != "in place" else 0, dtype=torch.uint8)
+        whole = torch.empty(count * size if kind != "in place" else 0, dtype=torch.uint8)
+        received = torch.empty(count * size if kind == "gloo" else 0, dtype=torch.uint8)
         for turn in range(RUN + 1):
             parts = list(whole.split(size)) if len(whole) else [comm.new(rank, size) for rank in ranks]
             for part in parts:

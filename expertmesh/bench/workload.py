@@ -15,7 +15,7 @@ from expertmesh.kernels import Routing
 from expertmesh.kernels.reference import route
 from expertmesh.mesh.placement import Placement, default_placement
 from expertmesh.mesh.topology import Topology
-from expertmesh.mesh.traffic import Traffic, algorithm, traffic
+from expertmesh.mesh.traffic import Traffic, algorithm, check_choices, traffic
 
 PLAIN = "bfloat16"
 
@@ -55,6 +55,7 @@ class Workload:
             raise InputError(
                 f"{self.groups_per_token} groups hold fewer than {self.experts_per_token} experts"
             )
+        check_choices(self.experts_per_token)
         # The flat algorithm holds a copy of a row for every choice, packed, on its way and as a result.
         wanted = self.topology.ranks * self.tokens * self.hidden * self.experts_per_token * 2 * 5
         if wanted > (free := free_memory()):

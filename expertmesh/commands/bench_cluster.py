@@ -16,15 +16,16 @@ from expertmesh.commands.cluster import (
     add_cluster,
     add_machines,
     given_topology,
-    launcher_of,
+    launching,
 )
 from expertmesh.commands.options import PROMPTS, given
 from expertmesh.engine.processes import PRELOAD as ENGINE
+from expertmesh.engine.processes import ProcessRanks, tell_standings
 from expertmesh.errors import InputError
 from expertmesh.launch.launcher import Here
 from expertmesh.llm import LLM
 from expertmesh.mesh.topology import Topology
-from expertmesh.mesh.traffic import ALGORITHMS
+from expertmesh.mesh.traffic import ALGORITHMS, algorithm
 
 WORKLOAD_OPTIONS = {
     "nodes": "nodes of the cluster",
@@ -62,7 +63,10 @@ def add_exchange(subparsers: Any) -> None:
     add_machines(exchange.add_argument)
     exchange.add_argument("--no-perplexity", action="store_true", help="do not measure what the formats cost")
     exchange.add_argument("--json", action="store_true", help="print JSON, and nothing else")
-    exchange.set_defaults(measure=_measure_exchange, table=_exchange_table, clustered=True)
+    exchange.set_defaults(
+        measure=_measure_exchange, table=_exchange_table, clustered=True,
+        timeout=Workload.timeout,  # of whoever may wait here: also machines for each other
+    )  # fmt: skip
 
 
 def add_overlap(subparsers: Any) -> None:
@@ -96,17 +100,21 @@ def add_transport(subparsers: Any) -> None:
 def _measure_exchange(args: argparse.Namespace) -> dict[str, Any]:
     if args.ranks not in (None, "threads", "processes"):
         raise InputError(f"--ranks {args.ranks!r} is not one of threads, processes")
-    launcher = launcher_of(args, PRELOAD)
-    processes = args.ranks == "processes"
-    names = args.algorithms.split(",") if args.algorithms else [*DEFAULT, *[PLAIN_COLLECTIVE] * processes]
-    if PLAIN_COLLECTIVE in names and not processes:
-        raise InputError(f"{PLAIN_COLLECTIVE} needs ranks that are processes: --ranks processes")
-    sizes = {field: getattr(args, field) for field in WORKLOAD_OPTIONS}
-    workload = Workload(**{field: size for field, size in sizes.items() if size is not None})
-    workload.check()
-    if processes and launcher is None:
-        launcher = Here(PRELOAD)
-    report = bench_exchange(workload, names, launcher)
+    names = args.algorithms.split(",") if args.algorithms else []
+    for name in names:
+        if name != PLAIN_COLLECTIVE:
+            algorithm(name)  # refuses others before anything is started
+    with launching(args, PRELOAD) as launcher:
+        processes = args.ranks == "processes"
+        names = names or [*DEFAULT, *[PLAIN_COLLECTIVE] * processes]
+        if PLAIN_COLLECTIVE in names and not processes:
+            raise InputError(f"{PLAIN_COLLECTIVE} needs ranks that are processes: --ranks processes")
+        sizes = {field: getattr(args, field) for field in WORKLOAD_OPTIONS}
+        workload = Workload(**{field: size for field, size in sizes.items() if size is not None})
+        workload.check()
+        if processes and launcher is None:
+            launcher = Here(PRELOAD)
+        report = bench_exchange(workload, names, launcher)
     if not args.no_perplexity:
         # Two nodes of two cards: what crosses is quantised, and that is all that the layout changes.
         report["perplexity"] = perplexities(
@@ -156,23 +164,25 @@ def _measure_overlap(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"--loads {args.loads!r}: not of the form 16x1,1x512 (requests x rows of each)")
     if args.steps < 1:
         raise InputError("--steps must be at least 1")
+    if args.ranks not in (None, "processes"):
+        raise InputError(f"--ranks {args.ranks}: overlap hides what processes send each other; leave it out")
+    args.ranks = "processes"
     loads = [Load(*map(int, text.split("x"))) for text in args.loads.split(",")]
-    most = max(load.requests for load in loads)
-    launcher = launcher_of(args, ENGINE)
-    options = given(args, [option for option in CLUSTER_OPTIONS if option[0] != "overlap"]) | {
-        "ranks": "processes"
-    }
-    with LLM(
-        args.model,
-        dtype=args.dtype,
-        topology=given_topology(args),
-        launcher=launcher,
-        prefix_cache=False,
-        max_batch_requests=most,
-        max_batch_tokens=max(2048, *(load.requests * load.rows for load in loads)),
-        cache_tokens=max(load.requests * (load.rows + TOKENS) for load in loads),
-        **options,
-    ) as llm:
+    with launching(args, ENGINE) as launcher:
+        llm = LLM(
+            args.model,
+            dtype=args.dtype,
+            topology=given_topology(args),
+            launcher=launcher,
+            prefix_cache=False,
+            max_batch_requests=max(load.requests for load in loads),
+            max_batch_tokens=max(2048, *(load.requests * load.rows for load in loads)),
+            cache_tokens=max(load.requests * (load.rows + TOKENS) for load in loads),
+            **given(args, [option for option in CLUSTER_OPTIONS if option[0] != "overlap"]),
+        )
+    with llm:
+        if isinstance(llm.engine.ranks, ProcessRanks):
+            tell_standings(llm.engine.ranks.crew)
         rate = launcher.rate if launcher else None
         topology = llm.engine.layout.topology
         found = bench_overlap(llm.engine, loads, args.steps, rate)
@@ -202,7 +212,7 @@ def _overlap_table(report: dict[str, Any]) -> str:
         lines.append(
             f"{name:16}" + "".join(f"{1000 * seconds[mode]:9.1f}" for mode in ("off", "on", "auto"))
             + (f"{1000 * wire:9.1f}" if wire is not None else f"{'':9}") + f"{found['on']:12.2f}"
-            + (f"{hidden:9.0%}" if hidden is not None else f"{'':9}") + f"{1 / found['auto']:13.2f}"
+            + (f"{hidden:9.0%}" if hidden is not None else f"{'':9}") + f"{found['auto']:13.2f}"
         )  # fmt: skip
     return "\n".join(lines)
 

@@ -5,7 +5,8 @@ import faulthandler
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from expertmesh.commands.options import JOIN, add_options, given, without_join
@@ -15,7 +16,8 @@ from expertmesh.errors import InputError
 from expertmesh.launch.interfaces import interface_address
 from expertmesh.launch.launcher import Here, Launcher
 from expertmesh.launch.rollcall import Rendezvous
-from expertmesh.launch.torchrun import Place, Torchrun, end_with_parent, leading, work
+from expertmesh.launch.torchrun import Assignment, Torchrun, end_with_parent, leading, work
+from expertmesh.llm import demo_model
 from expertmesh.mesh.topology import Topology
 from expertmesh.mesh.traffic import ALGORITHMS
 
@@ -25,10 +27,15 @@ TOPOLOGY_OPTIONS = (
     ("attention_tp", int, "cards of a node that share one attention (default: as many as the model allows)"),
 )
 CLUSTER_OPTIONS = (
-    ("ranks", str, "threads of this process (default) or processes of this machine"),
+    ("ranks", str, "threads of this process (default), or processes, which they are on several machines"),
     ("exchange", str, f"how rows reach their experts: {', '.join(ALGORITHMS)} (default: two_tier)"),
     ("redundant", int, "slots of a layer for replicas of experts (default: 0)"),
-    ("overlap", str, "compute one half of a step while rows of the other travel: auto (default), on, off"),
+    (
+        "overlap",
+        str,
+        "compute one half of a step while rows of the other travel: on, off, auto (default: the faster one, by "
+        "measuring; sums may then differ in their last bits from run to run)",
+    ),
     ("timeout", float, "seconds after which a rank that does not come or answer has failed (default: 30)"),
 )
 
@@ -48,13 +55,14 @@ def add_machines(add: Any) -> None:
     add(
         "--interface",
         metavar="NAME",
-        help="network interface to other machines (default: the one that reaches them)",
+        help="network interface to other machines, for ranks that are processes (default: the one that reaches them)",
     )
     add(
         JOIN,
         metavar="HOST:PORT",
         help="start the same line on --nodes machines: they meet at this address of one of them, at a free port, and "
-        "start --cards ranks each with torch's elastic launcher",
+        "start --cards ranks each with torch's elastic launcher. Only on a network that you trust: whoever reaches "
+        "that port can read the token by which ranks know each other",
     )
 
 
@@ -63,17 +71,18 @@ def run(args: argparse.Namespace) -> int:
     faulthandler.register(signal.SIGUSR1, file=2)  # which must not end it, before there is more to say
     if args.join is not None:
         return _join(args)
-    place = Place.of(os.environ)
-    if place is None or Emulated.is_named(os.environ):
+    own = Assignment.of(os.environ)
+    if own is None or Emulated.is_named(os.environ):
         return _run(args)
-    if place.elastic:
+    if own.elastic:
         end_with_parent()
-    if place.rank == 0:
-        with leading(place):
+    if own.rank == 0:
+        with leading(own):
             return _run(args)
-    check_shape(args, place.ranks // place.cards, place.cards)
-    local = {"folder": os.path.abspath(args.model)} if getattr(args, "model", None) else {}
-    work(place, _timeout(args), args.interface, local)
+    check_shape(args, own.topology.nodes, own.cards)
+    # Of this machine: the driver's may have the model elsewhere, and so the demo model, which is in the package.
+    local = {"folder": os.path.abspath(args.model or demo_model())} if hasattr(args, "model") else {}
+    work(own, _timeout(args), args.interface, local)
     return 0
 
 
@@ -103,21 +112,26 @@ def _timeout(args: argparse.Namespace) -> float:
     ).timeout
 
 
-def launcher_of(args: argparse.Namespace, preload: Sequence[str]) -> Launcher | None:
-    """What starts the ranks, where it is not the engine's own choice. InputError where the options say otherwise."""
+@contextmanager
+def launching(args: argparse.Namespace, preload: Sequence[str]) -> Iterator[Launcher | None]:
+    """What starts the ranks, where it is not the engine's own choice. The block starts them: the launcher is closed
+    here only where it fails. InputError where the options say otherwise."""
     found: Launcher | None = Emulated.of(os.environ, preload, args.interface)
-    if found is None and (place := Place.of(os.environ)) is not None:
-        found = Torchrun(place, preload, args.interface)
-    if found is not None:
-        try:
-            check_shape(args, found.nodes, found.cards)
-        except BaseException:
-            found.close()
-            raise
-    elif args.interface is not None:
+    if found is None and (own := Assignment.of(os.environ)) is not None:
+        found = Torchrun(own, preload, args.interface)
+    if found is None and args.interface is not None:
         address = interface_address(args.interface)
-        found = Here(preload, address=address) if args.ranks == "processes" else None
-    return found
+        if args.ranks != "processes":
+            raise InputError("--interface is of ranks that are processes: say --ranks processes too")
+        found = Here(preload, address=address)
+    try:
+        if found is not None and found.nodes is not None:
+            check_shape(args, found.nodes, found.cards)
+        yield found
+    except BaseException:
+        if found is not None:
+            found.close()
+        raise
 
 
 def check_shape(args: argparse.Namespace, nodes: int | None, cards: int | None) -> None:

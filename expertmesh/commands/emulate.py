@@ -19,12 +19,16 @@ USES = """
 Machines are network namespaces with an interface of their own, eth0; they reach each other and nothing else. It
 takes root and iproute2. When the command ends, or this one in whatever way, all that was made is gone.
 
-A command of expertmesh is started once, on node 0, and its ranks are on all nodes:
+These are started once, on node 0, and their ranks are on all nodes: {spread}:
   expertmesh emulate --nodes 8 --cards 8 --link 50mbit -- generate -p "Once upon a time" --max-tokens 20
+Alone on node 0, without ranks to kill, is doctor. Other commands of expertmesh are refused: they know one machine only.
 Any other program, and a command of expertmesh with --join, is started on each node, with the environment that
 torchrun needs, or programs that torchrun would start, one on each node:
   expertmesh emulate --nodes 2 --cards 2 -- torchrun script.py
 """
+# The commands with `commands.cluster.add_machines`, which are imported only to run: that takes its time.
+SPREAD = ("generate", "chat", "serve", "demo", "bench exchange", "bench overlap")
+ELSEWHERE = ("bench engine", "bench transport", "memory", "emulate")
 RENDEZVOUS, MASTER = (
     29400,
     29500,
@@ -33,7 +37,7 @@ RENDEZVOUS, MASTER = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = USES
+    parser.epilog = USES.format(spread=", ".join(SPREAD))
     parser.add_argument("--nodes", type=int, required=True, metavar="INT", help="machines of the cluster")
     parser.add_argument("--cards", type=int, default=1, metavar="INT", help="cards of each (default: 1)")
     parser.add_argument(
@@ -59,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
     words = args.words[1:] if args.words[:1] == ["--"] else args.words
     own = _own_command(words, args.commands)
     once = own is not None and without_join(own) == own
+    if own is not None:
+        _check_command(own, bool(args.kill) and once)
     for name, limit in (("nodes", LARGEST), ("cards", 1024)):
         if not 1 <= getattr(args, name) <= limit:
             raise InputError(f"--{name} is {getattr(args, name)}, but must be from 1 to {limit}")
@@ -90,6 +96,17 @@ def _own_command(words: Sequence[str], names: Sequence[str]) -> list[str] | None
     if re.fullmatch(r"python[\d.]*", os.path.basename(words[0])) and list(words[1:3]) == ["-m", "expertmesh"]:
         return list(words[3:])
     return None
+
+
+def _check_command(words: Sequence[str], kills: bool) -> None:
+    """InputError where a command of expertmesh has no use for machines, or no ranks that could be killed."""
+    name = " ".join(words[: 2 if words[:1] == ["bench"] else 1])
+    if name in ELSEWHERE:
+        raise InputError(
+            f"{name} knows one machine only: run it without emulate; on clusters run {', '.join(SPREAD)}"
+        )
+    if kills and name not in SPREAD:
+        raise InputError(f"--kill: {name} has no ranks on nodes; {', '.join(SPREAD)} have")
 
 
 def _found(words: Sequence[str]) -> list[str]:

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from expertmesh.comm.base import PURPOSES
-from expertmesh.commands.cluster import CLUSTER_OPTIONS, add_cluster, given_topology, launcher_of
+from expertmesh.commands.cluster import CLUSTER_OPTIONS, add_cluster, given_topology, launching
 from expertmesh.commands.options import ENGINE_OPTIONS, add_options, given
-from expertmesh.engine.processes import PRELOAD, ProcessRanks
-from expertmesh.launch.inquiry import tell_on_signal
+from expertmesh.engine.processes import PRELOAD, ProcessRanks, tell_standings
 from expertmesh.llm import LLM
 
 
@@ -29,8 +28,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def load_llm(args: argparse.Namespace, progress: bool = True) -> LLM:
-    launcher = launcher_of(args, PRELOAD)
-    try:
+    with launching(args, PRELOAD) as launcher:
         llm = LLM(
             args.model,
             dtype=args.dtype,
@@ -41,13 +39,9 @@ def load_llm(args: argparse.Namespace, progress: bool = True) -> LLM:
             strict=args.strict,
             **given(args, (*ENGINE_OPTIONS, *CLUSTER_OPTIONS)),
         )
-    except BaseException:
-        if launcher is not None:
-            launcher.close()
-        raise
     ranks = llm.engine.ranks
     if isinstance(ranks, ProcessRanks):
-        tell_on_signal(lambda: "\n".join(ranks.crew.stands()), at_once=False)
+        tell_standings(ranks.crew)
     if launcher is not None and launcher.apart and isinstance(ranks, ProcessRanks):
         print(describe_machines(ranks), file=sys.stderr)
     if llm.engine.layout.topology.ranks > 1:

@@ -14,10 +14,12 @@ from expertmesh.emulation.namespaces import enter
 from expertmesh.errors import RankFailure
 from expertmesh.launch import joining
 from expertmesh.launch.channel import Channel
+from expertmesh.launch.crew import name_of
 from expertmesh.launch.forkserver import ForkServer, Process
 from expertmesh.launch.interfaces import interface_address
 from expertmesh.launch.joining import Reception
 from expertmesh.launch.launcher import Member, Spec
+from expertmesh.mesh.topology import Topology
 
 VARIABLE = "EXPERTMESH_CLUSTER"
 LAST_WORD = 1.0  # seconds
@@ -64,8 +66,8 @@ class Emulated:
         return Emulated(nodes, found["cards"], found.get("rate"), kills, preload, interface)
 
     def start(self, program: str, specs: Sequence[Spec], timeout: float) -> list[Member]:
-        cards, reception = self.cards or 1, self._reception
-        homes = [self._nodes[rank // cards] for rank in range(len(specs))]
+        topology, reception = Topology(len(self._nodes), self.cards or 1), self._reception
+        homes = [self._nodes[topology.node_of(rank)] for rank in range(len(specs))]
         common = {
             "driver": [reception.address, reception.port],
             "token": reception.token,
@@ -83,7 +85,7 @@ class Emulated:
         self._schedule(processes)
 
         def name(rank: int) -> str:
-            return f"rank {rank} (node {rank // cards}, card {rank % cards}) on {homes[rank].host}"
+            return f"{name_of(rank, topology)} on {homes[rank].host}"
 
         def ended() -> str | None:
             statuses = {rank: p.poll() for rank, p in enumerate(processes)}

@@ -20,8 +20,10 @@ from expertmesh.engine.ranks import resolve_memory, sum_loads
 from expertmesh.engine.wire import BatchWriter, read_result
 from expertmesh.kernels import Kernels
 from expertmesh.launch.crew import Crew
-from expertmesh.launch.launcher import Here, Launcher
+from expertmesh.launch.inquiry import tell_on_signal
+from expertmesh.launch.launcher import Here, Launcher, Spec
 from expertmesh.mesh.layout import Layout
+from expertmesh.mesh.topology import Topology
 from expertmesh.request import Batch, StepResult
 
 PRELOAD = ("torch", "numpy", "greenlet", "expertmesh.engine.worker")
@@ -57,18 +59,9 @@ class ProcessRanks:
         }
         specs = [common | {"rank": rank} for rank in range(ranks)]
         launcher = launcher or Here(PRELOAD)
-        try:
-            self.crew = Crew(launcher, PROGRAM, specs, layout.topology, self.config.timeout)
-        except BaseException:
-            launcher.close()
-            raise
+        self.crew, self.places = assemble(launcher, PROGRAM, specs, layout.topology, self.config.timeout)
         # Also where nobody closes: when this object goes, or the interpreter.
         self._end = weakref.finalize(self, Crew.close, self.crew)
-        try:
-            self.places = introduce(self.crew)
-        except BaseException:
-            self.close()
-            raise
 
     @property
     def pids(self) -> list[int]:
@@ -111,9 +104,30 @@ class ProcessRanks:
         self._end()
 
 
-def introduce(crew: Crew) -> list[dict[str, Any]]:
-    """Tell every rank where the others are, and wait until each is connected with those that it talks with. Returns
-    where each is: host, address and port that others reach, and what else its program says of that."""
+def assemble(
+    launcher: Launcher, program: str, specs: Sequence[Spec], topology: Topology, timeout: float
+) -> tuple[Crew, list[dict[str, Any]]]:
+    """Start ranks whose program is a `worker.RankProcess`, and have them meet. Returns also where each is: host,
+    interface, and the address and port that others reach. Where it fails, nothing is left, nor of the launcher."""
+    try:
+        crew = Crew(launcher, program, specs, topology, timeout)
+    except BaseException:
+        launcher.close()
+        raise
+    try:
+        return crew, _introduce(crew)
+    except BaseException:
+        crew.close()
+        raise
+
+
+def tell_standings(crew: Crew) -> None:
+    """On SIGUSR1 this process says where its ranks stand. For the main thread."""
+    tell_on_signal(lambda: "\n".join(crew.stands()), at_once=False)
+
+
+def _introduce(crew: Crew) -> list[dict[str, Any]]:
+    """Tell every rank where the others are, and wait until each is connected with those that it talks with."""
     count = len(crew.members)
     places: list[dict[str, Any]] = crew.ask([{"do": "place"}] * count)
     needed = [{name: place[name] for name in Place.__dataclass_fields__} for place in places]

@@ -24,6 +24,7 @@ from expertmesh.engine.plan import Plan
 from expertmesh.engine.runner import Runner
 from expertmesh.errors import InputError, RankFailure
 from expertmesh.kernels import Kernels
+from expertmesh.launch.crew import name_of
 from expertmesh.mesh.layout import Layout
 from expertmesh.model.deepseek import DeepSeek
 from expertmesh.model.layers import New
@@ -131,8 +132,7 @@ def collectives_of(layout: Layout, comm: Comm) -> Collectives:
 
 def describe_rank(layout: Layout, rank: int) -> str:
     """A rank as messages name it."""
-    topology = layout.topology
-    return f"rank {rank} (node {topology.node_of(rank)}, card {topology.card_of(rank)}) on {socket.gethostname()}"
+    return f"{name_of(rank, layout.topology)} on {socket.gethostname()}"
 
 
 class ThreadRanks:

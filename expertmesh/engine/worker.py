@@ -1,5 +1,7 @@
 """A rank that is a process: what `engine.processes` starts, and what it is told over its channel."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +21,26 @@ from expertmesh.launch.duty import Duty
 from expertmesh.launch.inquiry import tell_on_signal
 from expertmesh.launch.interfaces import interface_of
 from expertmesh.mesh.layout import Layout
+from expertmesh.mesh.topology import Topology
 from expertmesh.model.deepseek import DeepSeek
 from expertmesh.model.layers import New
 from expertmesh.weights import Shard
 
 
-def serve_rank(spec: Plain, channel: Channel) -> None:
-    """Compute steps until the driver ends this process. A failure is told to it, and it ends all ranks."""
-    torch.set_num_threads(spec["threads"])
-    duty = Duty(spec, channel)
-    rank = _Rank(spec)
-    duty.where, duty.waits = rank.where, rank.waits
-    tell_on_signal(duty.describe, at_once=True)
-    duty.serve(rank.obey)
+class RankProcess(ABC):
+    """What every program of ranks does: it takes its seat among the others, and says where it stands."""
 
-
-class _Rank:
-    def __init__(self, spec: Plain) -> None:
-        self._layout, self._number = Layout.from_plain(spec["layout"]), spec["rank"]
-        self._folder, self._config = Path(spec["folder"]), EngineConfig(**spec["config"])
-        topology = self._layout.topology
-        peers = self._layout.how.peers(topology, self._number)
-        self._seat = Seat(topology, self._number, spec["address"], peers)
+    def __init__(
+        self, topology: Topology, rank: int, address: str, peers: Collection[int], timeout: float
+    ) -> None:
+        """address, peers: see `Seat`; timeout: seconds in which those have to be connected."""
+        self._seat, self._timeout = Seat(topology, rank, address, peers), timeout
         self._comm: ProcessComm | None = None
-        self._reader = BatchReader()
+
+    @property
+    def comm(self) -> ProcessComm:
+        assert self._comm is not None  # before all have met, nothing is asked that needs it
+        return self._comm
 
     def where(self) -> str | None:
         return self._comm.where() if self._comm else None
@@ -57,31 +55,66 @@ class _Rank:
                 place = self._seat.place()
                 return place | {"interface": interface_of(place["address"])}
             case "meet":
-                # Loading may take one longer than another, and the first exchange waits for it.
-                timeout = self._config.timeout
-                self._comm = self._seat.meet(message, timeout, PATIENCE * timeout)
-                self._load(self._comm)
+                # One may take longer than another to begin, and the first exchange waits for it.
+                self._comm = self._seat.meet(message, self._timeout, PATIENCE * self._timeout)
+                self.begin()
+            case _:
+                return self.do(message)
+        return None
+
+    def begin(self) -> None:  # noqa: B027
+        """What there is to do when all have met, if anything."""
+
+    @abstractmethod
+    def do(self, message: Plain) -> Any:
+        """Any other message."""
+
+
+def serve(spec: Plain, channel: Channel, threads: int, program: Callable[[Plain], RankProcess]) -> None:
+    """Be a rank until the driver ends this process. A failure is told to it, and it ends all ranks."""
+    torch.set_num_threads(threads)
+    duty = Duty(spec, channel)
+    tell_on_signal(duty.describe, at_once=True)
+    rank = program(spec)
+    duty.where, duty.waits = rank.where, rank.waits
+    duty.serve(rank.obey)
+
+
+def serve_rank(spec: Plain, channel: Channel) -> None:
+    """Compute steps."""
+    serve(spec, channel, spec["threads"], _Rank)
+
+
+class _Rank(RankProcess):
+    def __init__(self, spec: Plain) -> None:
+        self._layout, self._number = Layout.from_plain(spec["layout"]), spec["rank"]
+        self._folder, self._config = Path(spec["folder"]), EngineConfig(**spec["config"])
+        topology = self._layout.topology
+        peers = self._layout.how.peers(topology, self._number)
+        super().__init__(topology, self._number, spec["address"], peers, self._config.timeout)
+        self._reader = BatchReader()
+
+    def do(self, message: Plain) -> Any:
+        match message["do"]:
             case "step":
                 batch, plan = self._reader.read(message["batch"]), Plan(**message["plan"])
                 return write_result(self._runner.run(batch, plan))
             case "loads":
                 return {layer: rows.tolist() for layer, rows in self._runner.loads.counts.items()}
             case "sent":
-                assert self._comm is not None
-                tables = self._comm.sent.bytes, self._comm.sent.messages
+                tables = self.comm.sent.bytes, self.comm.sent.messages
                 return [{purpose: row.tolist() for purpose, row in table.items()} for table in tables]
             case "reset":
-                assert self._comm is not None
                 self._runner.loads.counts.clear()
-                self._comm.sent.clear()
+                self.comm.sent.clear()
             case other:
                 raise ValueError(f"no such message: {other}")
         return None
 
-    def _load(self, comm: ProcessComm) -> None:
+    def begin(self) -> None:
         checkpoint = open_checkpoint(self._folder, ModelConfig.from_folder(self._folder))
         shard = Shard.of(self._number, self._layout.topology, self._layout.placement)
         new = New(TORCH_DTYPES[self._config.dtype], torch.device("cpu"))
         model = DeepSeek(checkpoint.config, shard, kernels_for("cpu", self._config.strict), new)
         load(checkpoint, model.weights(), shard)
-        self._runner = Runner(model, self._config, collectives_of(self._layout, comm))
+        self._runner = Runner(model, self._config, collectives_of(self._layout, self.comm))

@@ -15,11 +15,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from expertmesh.errors import InputError, RankFailure
+from expertmesh.launch.crew import name_of
 from expertmesh.launch.forkserver import ForkServer
 from expertmesh.launch.interfaces import interface_address, interfaces, is_loopback
 from expertmesh.launch.joining import RETRY, Reception, join, serve
 from expertmesh.launch.launcher import Member, Spec
 from expertmesh.launch.store import ATTEMPT, Store
+from expertmesh.mesh.topology import Topology
 
 LAST_WORD = 1.0  # seconds
 PR_SET_PDEATHSIG = 1
@@ -27,7 +29,7 @@ NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", 
 
 
 @dataclass(frozen=True)
-class Place:
+class Assignment:
     """Which rank of which cluster this process is, as torchrun says it."""
 
     rank: int
@@ -39,7 +41,7 @@ class Place:
     restarts: int  # how often it has been started again
 
     @staticmethod
-    def of(environment: Mapping[str, str]) -> "Place | None":
+    def of(environment: Mapping[str, str]) -> "Assignment | None":
         """None without these variables. InputError where the machines have different numbers of processes."""
         if any(name not in environment for name in NAMES):
             return None
@@ -50,7 +52,7 @@ class Place:
             raise InputError(
                 f"{ranks} ranks in all, but {cards} on this machine: start as many on each (--nproc-per-node)"
             )
-        return Place(
+        return Assignment(
             rank, ranks, cards, (environment["MASTER_ADDR"], port),
             elastic=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             run=environment.get("TORCHELASTIC_RUN_ID", ""),
@@ -58,8 +60,11 @@ class Place:
         )  # fmt: skip
 
     def __str__(self) -> str:
-        node, card = divmod(self.rank, self.cards)
-        return f"rank {self.rank} (node {node}, card {card}) on {socket.gethostname()}"
+        return f"{name_of(self.rank, self.topology)} on {socket.gethostname()}"
+
+    @property
+    def topology(self) -> Topology:
+        return Topology(self.ranks // self.cards, self.cards)
 
     def connect(self, timeout: float) -> Store:
         """The store where the processes find each other."""
@@ -86,36 +91,32 @@ class Torchrun:
     apart = True
     rate: float | None = None
 
-    def __init__(self, place: Place, preload: Sequence[str], interface: str | None) -> None:
-        self.nodes: int | None = place.ranks // place.cards
-        self.cards: int | None = place.cards
-        self.sharing: int | None = place.cards
-        self._place = place
-        self._reception = Reception(own_address(place.store[0], interface, self.nodes))
+    def __init__(self, own: Assignment, preload: Sequence[str], interface: str | None) -> None:
+        self.nodes: int | None = own.topology.nodes
+        self.cards: int | None = own.cards
+        self.sharing: int | None = own.cards
+        self._own = own
+        self._reception = Reception(own_address(own.store[0], interface, self.nodes))
         self._server = ForkServer(preload)
 
     def start(self, program: str, specs: Sequence[Spec], timeout: float) -> list[Member]:
-        reception = self._reception
+        reception, topology = self._reception, self._own.topology
         call = {"driver": [reception.address, reception.port], "token": reception.token}
-        self._store = self._place.connect(timeout)
-        self._store.set(self._place.call, json.dumps(call))
+        self._store = self._own.connect(timeout)
+        self._store.set(self._own.call, json.dumps(call))
         (first,) = self._server.start(
             "expertmesh.launch.joining:come", [call | {"rank": 0, "timeout": timeout}]
         )
-
-        def name(rank: int) -> str:
-            node, card = divmod(rank, self._place.cards)
-            return f"rank {rank} (node {node}, card {card})"
 
         def ended() -> str | None:
             status = first.poll()
             return (
                 None
                 if status is None
-                else f"{name(0)} ended with status {status} before all ranks were there"
+                else f"{name_of(0, topology)} ended with status {status} before all ranks were there"
             )
 
-        arrivals = reception.receive(len(specs), timeout, ended, name)
+        arrivals = reception.receive(len(specs), timeout, ended, lambda rank: name_of(rank, topology))
         for arrival, spec in zip(arrivals, specs, strict=True):
             arrival.channel.send({"program": program, "spec": spec})
         return [Member(a.rank, a.host, a.pid, a.channel, first if a.rank == 0 else None) for a in arrivals]
@@ -126,17 +127,17 @@ class Torchrun:
 
 
 @contextlib.contextmanager
-def leading(place: Place) -> Iterator[None]:
+def leading(own: Assignment) -> Iterator[None]:
     """In the process of rank 0: what ends it before it has called the others is told to them."""
-    if place.elastic:
+    if own.elastic:
         signal.signal(signal.SIGTERM, _soon)
     try:
         yield
     except BaseException as error:
-        if place.elastic:  # else the store ends with this process
+        if own.elastic:  # else the store ends with this process
             with contextlib.suppress(RankFailure, InputError):
                 why = "it was interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
-                place.connect(LAST_WORD).set(place.farewell, json.dumps({"because": why or repr(error)}))
+                own.connect(LAST_WORD).set(own.farewell, json.dumps({"because": why or repr(error)}))
         raise
 
 
@@ -148,34 +149,32 @@ def _soon(number: int, _: object) -> None:
     timer.start()
 
 
-def work(place: Place, timeout: float, interface: str | None, local: Spec) -> None:
+def work(own: Assignment, timeout: float, interface: str | None, local: Spec) -> None:
     """Any other rank, until the driver ends this process. RankFailure where it does not come to that."""
-    _heed_signals(place)
-    store = place.connect(timeout)
+    _heed_signals(own)
+    store = own.connect(timeout)
     source = interface_address(interface) if interface else ""
     end = time.monotonic() + timeout
     while True:
-        text = store.wait([place.farewell, place.call], timeout)
+        text = store.wait([own.farewell, own.call], timeout)
         if text is None:
             raise RankFailure(
-                f"{place} waited {timeout:g} s for the driver, the process of rank 0, to say at "
-                f"{place.store[0]}:{place.store[1]} where it is"
+                f"{own} waited {timeout:g} s for the driver, the process of rank 0, to say at "
+                f"{own.store[0]}:{own.store[1]} where it is"
             )
         call = json.loads(text)
         if "because" in call:
-            raise RankFailure(
-                f"{place} ends: the driver, the process of rank 0, has ended: {call['because']}"
-            )
+            raise RankFailure(f"{own} ends: the driver, the process of rank 0, has ended: {call['because']}")
         left = end - time.monotonic()
         try:
             channel = join(
-                tuple(call["driver"]), call["token"], place.rank, max(RETRY, min(left, ATTEMPT)), source
+                tuple(call["driver"]), call["token"], own.rank, max(RETRY, min(left, ATTEMPT)), source
             )
             break
         except RankFailure:
             if left < ATTEMPT:
                 raise
-    serve(channel, place.rank, timeout, local)
+    serve(channel, own.rank, timeout, local)
 
 
 class _Told(RankFailure):
@@ -184,14 +183,14 @@ class _Told(RankFailure):
     suspects: tuple[int, ...] = ()
 
 
-def _heed_signals(place: Place) -> None:
+def _heed_signals(own: Assignment) -> None:
     """The driver hears Ctrl-C too, and ends all. Where it is on another machine, it has to be told."""
 
     def tell(number: int, _: object) -> None:
         raise _Told(f"{signal.Signals(number).name} told it to end")
 
-    for number in (signal.SIGINT, signal.SIGTERM) if place.elastic else (signal.SIGINT,):
-        signal.signal(number, tell if place.rank >= place.cards else signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM) if own.elastic else (signal.SIGINT,):
+        signal.signal(number, tell if own.rank >= own.cards else signal.SIG_IGN)
 
 
 def end_with_parent() -> None:

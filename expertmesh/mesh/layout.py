@@ -8,7 +8,7 @@ import numpy as np
 from expertmesh.config import ModelConfig
 from expertmesh.mesh.placement import Placement, default_placement
 from expertmesh.mesh.topology import Topology
-from expertmesh.mesh.traffic import Algorithm, algorithm
+from expertmesh.mesh.traffic import Algorithm, algorithm, check_choices
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Layout:
     def of(model: ModelConfig, topology: Topology, exchange: str, redundant: int) -> "Layout":
         """The layout without any loads known. InputError where the model does not fit the cluster."""
         resolved = topology.resolve(model)
+        if resolved.ranks > 1 and model.moe_layers:
+            check_choices(model.num_experts_per_tok)
         placement = default_placement(model.n_routed_experts, model.moe_layers, resolved, redundant)
         return Layout(resolved, placement, algorithm(exchange))
 

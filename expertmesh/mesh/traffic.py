@@ -2,7 +2,8 @@
 
 An algorithm is a list of hops. In each, rows go to the ranks of a group by the slots that were chosen for them; a hop
 that merges sends one copy of a row to a rank, whatever number of its slots were chosen. Combining goes the same way
-back: what came in one copy returns as one row.
+back: what came in one copy returns as one row. Between processes each message has a frame's header too, of 23 bytes:
+of these only the 8 of a length that is announced count here.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from expertmesh.mesh.topology import Topology
 ANNOUNCEMENT = (
     8  # bytes that tell a peer how long a message of unknown length will be, sent also where it is 0
 )
+MOST_CHOICES = 255  # experts of a token: a message says in one byte how many of a row's are at the receiver
 Phase: TypeAlias = Literal["dispatch", "combine"]
 
 
@@ -103,6 +105,14 @@ def algorithm(name: str) -> Algorithm:
     if name not in ALGORITHMS:
         raise InputError(f"exchange {name!r} is not one of {', '.join(ALGORITHMS)}")
     return ALGORITHMS[name]
+
+
+def check_choices(experts_per_token: int) -> None:
+    """InputError where rows with so many experts cannot be sent."""
+    if experts_per_token > MOST_CHOICES:
+        raise InputError(
+            f"{experts_per_token} experts a token, but between ranks at most {MOST_CHOICES} are possible"
+        )
 
 
 def padded(size: int) -> int:

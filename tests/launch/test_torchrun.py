@@ -1,4 +1,4 @@
-"""Processes that torchrun has started: their place, where the driver is reached, and a start after a failure."""
+"""Processes that torchrun has started: their assignment, where the driver is reached, and a start after a failure."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from expertmesh import LLM, SamplingParams
 from expertmesh.errors import InputError, RankFailure
 from expertmesh.launch import torchrun
 from expertmesh.launch.store import Store
-from expertmesh.launch.torchrun import Place, leading, own_address, work
+from expertmesh.launch.torchrun import Assignment, leading, own_address, work
 from tests.support.emulation import LIMIT, Said, Start, emulating
 
 ENVIRONMENT = {
@@ -76,15 +76,15 @@ def test_one_machine_and_a_rank_that_is_killed_once(start: Start, tmp_path: Path
     assert len(failures) == 2 and all("rank 1 (node 0, card 1) on " in line for line in failures)
 
 
-def test_place() -> None:
-    assert Place.of({}) is None and Place.of(ENVIRONMENT | {"RANK": "1"}) is not None
+def test_assignment() -> None:
+    assert Assignment.of({}) is None and Assignment.of(ENVIRONMENT | {"RANK": "1"}) is not None
     for name in ENVIRONMENT:
-        assert Place.of({key: value for key, value in ENVIRONMENT.items() if key != name}) is None
-    place = Place.of(ENVIRONMENT | ELASTIC)
-    assert place == Place(5, 8, 4, ("127.0.0.1", 29999), elastic=True, run="run", restarts=2)
+        assert Assignment.of({key: value for key, value in ENVIRONMENT.items() if key != name}) is None
+    place = Assignment.of(ENVIRONMENT | ELASTIC)
+    assert place == Assignment(5, 8, 4, ("127.0.0.1", 29999), elastic=True, run="run", restarts=2)
     assert str(place).startswith("rank 5 (node 1, card 1) on ")
     with pytest.raises(InputError, match="9 ranks in all, but 4 on this machine"):
-        Place.of(ENVIRONMENT | {"WORLD_SIZE": "9"})
+        Assignment.of(ENVIRONMENT | {"WORLD_SIZE": "9"})
 
 
 def test_a_driver_that_ends_before_it_has_called_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +93,7 @@ def test_a_driver_that_ends_before_it_has_called_says_why(monkeypatch: pytest.Mo
     store = Store("127.0.0.1", _free_port(), hosts=True, timeout=5)
     port = int(store._store.port)
     places = [
-        Place(rank, 2, 1, ("127.0.0.1", port), elastic=True, run="run", restarts=n)
+        Assignment(rank, 2, 1, ("127.0.0.1", port), elastic=True, run="run", restarts=n)
         for rank, n in ((0, 0), (1, 0), (1, 1))
     ]
     with pytest.raises(InputError), leading(places[0]):
