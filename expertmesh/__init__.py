@@ -7,6 +7,9 @@ if TYPE_CHECKING:
     from expertmesh.config import EngineConfig, ModelConfig
     from expertmesh.errors import InputError, RankFailure
     from expertmesh.llm import LLM
+    from expertmesh.mesh.balance import balance
+    from expertmesh.mesh.loads import Loads
+    from expertmesh.mesh.placement import Placement
     from expertmesh.mesh.topology import Topology
     from expertmesh.request import Output, SamplingParams
 
@@ -15,22 +18,28 @@ __all__ = [
     "LLM",
     "EngineConfig",
     "InputError",
+    "Loads",
     "ModelConfig",
     "Output",
+    "Placement",
     "RankFailure",
     "SamplingParams",
     "Topology",
+    "balance",
 ]
 
 _HOMES = {
     "LLM": "llm",
     "EngineConfig": "config",
     "InputError": "errors",
+    "Loads": "mesh.loads",
     "ModelConfig": "config",
     "Output": "request",
+    "Placement": "mesh.placement",
     "RankFailure": "errors",
     "SamplingParams": "request",
     "Topology": "mesh.topology",
+    "balance": "mesh.balance",
 }
 
 

@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": "let the demo model write in each of its domains",
     "bench": "measure: `bench engine`, `exchange`, `overlap` or `transport`",
     "memory": "static memory of a rank by kind, for one layout or several",
+    "balance": "place experts on cards by recorded loads",
     "emulate": "run a command on a cluster of machines emulated on this one",
     "doctor": "show devices, kernels, compiler and network",
 }
