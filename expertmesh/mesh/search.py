@@ -117,7 +117,8 @@ def arrange(slots_RS: Ints, room_R: Ints, nodes: int, tokens_TK: Ints, seed: int
     flat = np.ascontiguousarray(slots_RS[used], dtype=np.int32)
     tokens, room = np.ascontiguousarray(tokens_TK, np.int32), np.ascontiguousarray(room_R, np.int32)
     native.library("balance").arrange(
-        int(slots_RS.max()) + 1, len(room), native.pointer(room), native.pointer(flat), nodes, *tokens.shape, native.pointer(tokens),
+        int(slots_RS.max()) + 1, len(room), native.pointer(room), native.pointer(flat), nodes, *tokens.shape,
+        native.pointer(tokens),
         ctypes.c_int64(ARRANGEMENTS), ctypes.c_double(WARMTH), ctypes.c_uint64(seed),
     )  # fmt: skip
     out = np.full_like(slots_RS, EMPTY)
