@@ -156,11 +156,13 @@ class Shard:
     """What one rank holds of a model: its share of the TP group's split axes, and its slots of routed experts.
 
     slots: for each layer with routed experts, the expert in each of the rank's slots (-1: empty).
+    own: the rank, where its experts are never shared with other ranks of the process, for they may be replaced.
     """
 
     slots: dict[int, tuple[int, ...]]
     tp_rank: int = 0
     tp_size: int = 1
+    own: int | None = None
 
     @staticmethod
     def whole(config: ModelConfig) -> "Shard":
@@ -199,6 +201,11 @@ def static_bytes(config: ModelConfig, dtype: str, shard: Shard) -> Counter[str]:
             size = size * len(shard.slots[layer or 0]) if weight.expert == 0 else 0
         counts[weight.kind] += size
     return counts
+
+
+def expert_bytes(config: ModelConfig, dtype: str) -> int:
+    """Bytes of one routed expert of one layer."""
+    return 3 * config.moe_intermediate_size * config.hidden_size * DTYPE_BYTES[dtype]
 
 
 def count_parameters(weights: list[Weight]) -> Counter[str]:

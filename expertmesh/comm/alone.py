@@ -16,8 +16,8 @@ class Alone:
 
     leads = True
 
-    def __init__(self) -> None:
-        self.pieces = 1
+    def prepare(self, pieces: int, split: str) -> None:
+        pass
 
     @property
     def exchange(self) -> "Alone":

@@ -17,7 +17,7 @@ from expertmesh.mesh.traffic import ANNOUNCEMENT
 
 T = TypeVar("T")
 # What an exchange is for: its bytes are counted under this name.
-Purpose: TypeAlias = Literal["attention", "dispatch", "combine"]
+Purpose: TypeAlias = Literal["attention", "dispatch", "combine", "counts", "weights"]
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
 
@@ -170,7 +170,7 @@ class Received:
     """Rows that came here for my slots, and what combine needs to send the results back.
 
     slots_RK holds -1 where a row has fewer choices here. trail: the way back, for each piece that the rows travelled in
-    one record per hop.
+    one record per hop. counts: of the rows of all ranks, where these are still under way.
     """
 
     layer: int
@@ -178,6 +178,7 @@ class Received:
     slots_RK: Tensor
     weights_RK: Tensor
     trail: tuple[Any, ...] = ()
+    counts: Any = None
 
 
 class Collectives(Protocol):
@@ -197,12 +198,12 @@ class Collectives(Protocol):
 
 
 class Exchange(Protocol):
-    """Sends rows to the ranks that hold their experts, and results back. combine takes what dispatch returned.
+    """Sends rows to the ranks that hold their experts, and results back. combine takes what dispatch returned."""
 
-    pieces: into how many the rows of every rank are cut on their way, the same number on all ranks.
-    """
-
-    pieces: int
+    def prepare(self, pieces: int, split: str) -> None:
+        """For the next step, the same on all ranks. pieces: into how many the rows of every rank are cut on their
+        way; split: how replicas are chosen (`comm.replicas`)."""
+        ...
 
     def dispatch(self, layer: int, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Received: ...
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from expertmesh.comm.base import Comm, Received, Transfer
+from expertmesh.comm.replicas import Replicas
 from expertmesh.comm.rows import (
     Ints,
     Rows,
@@ -70,15 +71,19 @@ class TieredExchange:
 
     def __init__(self, comm: Comm, placement: Placement, how: Algorithm, pieces: int = 1) -> None:
         self.comm, self.how, self.pieces = comm, how, pieces
-        self.placement = placement
-        self._slot_of = {
-            layer: placement.choices(layer, comm.topology)[comm.rank] for layer in placement.layers
-        }
+        self.replicas = Replicas(comm, placement)
+
+    def prepare(self, pieces: int, split: str) -> None:
+        self.pieces, self.replicas.how = pieces, split
+
+    @property
+    def placement(self) -> Placement:
+        return self.replicas.placement
 
     def dispatch(self, layer: int, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Received:
         choices, (width, plain) = experts_TK.shape[1], (x_TD.shape[1], format_name(x_TD.dtype))
         formats = self.how.formats("dispatch", plain, self.comm.topology)
-        slots_TK = self._slot_of[layer][experts_TK.numpy()]
+        slots_TK, counts = self.replicas.choose(layer, experts_TK.numpy())
         held: Iterable[Held] = self._cut(quantise(x_TD, formats[0]), slots_TK, weights_TK.float().numpy())
         for number, (hop, form) in enumerate(zip(self.how.hops, formats, strict=True)):
             under_way = [self._send(hop, form, piece, width) for piece in held]
@@ -90,7 +95,9 @@ class TieredExchange:
         together = _chained(pieces)
         x_RD = dequantise(together.rows, formats[-1], x_TD.dtype)
         slots_RK, weights_RK = _table(together, choices, self.comm.rank * self.placement.slots_per_rank)
-        return Received(layer, x_RD, slots_RK, weights_RK, tuple(piece.trail for piece in pieces))
+        if counts is not None:
+            counts.forward()
+        return Received(layer, x_RD, slots_RK, weights_RK, tuple(piece.trail for piece in pieces), counts)
 
     def combine(self, y_RD: Tensor, received: Received) -> Tensor:
         formats = self.how.formats("combine", format_name(y_RD.dtype), self.comm.topology)
@@ -104,7 +111,10 @@ class TieredExchange:
             if number == 0:
                 self.comm.turns.turn()
             results = (homeward.sum() for homeward in under_way)
-        return torch.cat(list(results))
+        out = torch.cat(list(results))
+        if received.counts is not None:
+            self.replicas.learn(received.layer, received.counts)
+        return out
 
     def _cut(self, rows: Rows, slots_TK: Ints, weights_TK: NDArray[np.float32]) -> list[Held]:
         """My rows in pieces."""

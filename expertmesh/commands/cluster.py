@@ -36,6 +36,13 @@ CLUSTER_OPTIONS = (
         "compute one half of a step while rows of the other travel: on, off, auto (default: the faster one, by "
         "measuring; sums may then differ in their last bits from run to run)",
     ),
+    (
+        "split",
+        str,
+        "how the rows of a step are shared out to replicas: now (by this step's counts), last (by the last one's), "
+        "even, auto (default: the faster one)",
+    ),
+    ("rebalance", str, "move experts to where the loads want them: auto, off (default), every=STEPS"),
     ("timeout", float, "seconds after which a rank that does not come or answer has failed (default: 30)"),
 )
 

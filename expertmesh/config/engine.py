@@ -1,11 +1,13 @@
 """How one engine runs a model. Frozen: `resolve` returns a new one."""
 
+import re
 from dataclasses import dataclass, replace
 
 from expertmesh.config.model import ModelConfig, fits
 from expertmesh.errors import InputError
 
 LONGEST = 86_400  # seconds
+EVERY = r"every=([1-9][0-9]{0,8})"
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,9 @@ class EngineConfig:
     a layer beyond one per expert, for replicas. timeout: seconds after which a process that does not answer has failed;
     computing is no reason not to. overlap: whether a step is cut into two micro-batches, of which one computes while
     the rows of the other travel: "on", "off", or "auto", which tries and keeps what is faster (`engine.plan`); with
-    it, sums of floating-point numbers may differ in their last bits from run to run.
+    it, sums of floating-point numbers may differ in their last bits from run to run. split: how each step's rows are
+    shared out to the replicas of an expert (`comm.replicas`): "now", "last", "even", or "auto", which finds out.
+    rebalance: whether experts move to where the loads want them: "auto", "off", or "every=N" steps.
     """
 
     dtype: str = "auto"
@@ -43,6 +47,8 @@ class EngineConfig:
     redundant: int = 0
     timeout: float = 30.0
     overlap: str = "auto"
+    split: str = "auto"
+    rebalance: str = "off"
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", "float32", "bfloat16"):
@@ -51,6 +57,10 @@ class EngineConfig:
             raise InputError(f"ranks {self.ranks!r} is not one of threads, processes")
         if self.overlap not in ("auto", "on", "off"):
             raise InputError(f"overlap {self.overlap!r} is not one of auto, on, off")
+        if self.split not in ("auto", "now", "last", "even"):
+            raise InputError(f"split {self.split!r} is not one of auto, now, last, even")
+        if self.rebalance not in ("auto", "off") and not re.fullmatch(EVERY, self.rebalance):
+            raise InputError(f"rebalance {self.rebalance!r} is not one of auto, off, every=STEPS")
         if not fits(float, self.timeout) or not 0 < self.timeout <= LONGEST:
             raise InputError(
                 f"timeout is {self.timeout!r}, but must be above 0 and at most {LONGEST} seconds"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from expertmesh.config import EngineConfig, ModelConfig, read_object
+from expertmesh.engine.balancer import Balancer
 from expertmesh.engine.cache import PageCache
 from expertmesh.engine.checkpoint import open_checkpoint
 from expertmesh.engine.groups import Groups
@@ -25,6 +26,7 @@ from expertmesh.launch.launcher import Launcher
 from expertmesh.mesh.layout import Layout
 from expertmesh.mesh.topology import Topology
 from expertmesh.request import Output, Request, SamplingParams
+from expertmesh.weights import expert_bytes
 
 
 class Engine:
@@ -51,6 +53,7 @@ class Engine:
             self.ranks = ThreadRanks(checkpoint, config, self.layout, kernels, progress)
         self.config = self.ranks.config
         self.planner = self.new_planner(self.config.overlap)
+        self.balancer = self._new_balancer()
         self.scheduler = Groups([_scheduler(self.config) for _ in range(self.layout.topology.groups)])
         self.eos = frozenset(self._eos_ids())
         self._texts: dict[str, OutputText] = {}
@@ -62,7 +65,24 @@ class Engine:
         """What decides how steps are computed; overlap: auto, on or off."""
         row_bytes = self.model.hidden_size * (4 if self.config.dtype == "float32" else 2)
         wire = self.config.ranks == "processes" and self.layout.topology.nodes > 1
-        return Planner(overlap, row_bytes, wire)
+        return Planner(overlap, row_bytes, wire, self._splits(wire))
+
+    def _splits(self, wire: bool) -> tuple[str, ...]:
+        """Ways to share rows out to replicas that the planner may use. Where no wire is waited for, counts of the same
+        step cost nothing but their own time."""
+        slots = self.layout.placement.slots_LRS
+        if self.layout.topology.ranks == 1 or int((slots[:1] >= 0).sum()) <= self.model.n_routed_experts:
+            return ("even",)
+        if self.config.split != "auto":
+            return (self.config.split,)
+        return ("last", "now") if wire else ("now",)
+
+    def _new_balancer(self) -> Balancer | None:
+        mode, layout = self.config.rebalance, self.layout
+        if mode == "off" or layout.topology.ranks == 1 or not self.model.moe_layers:
+            return None
+        size = expert_bytes(self.model, self.config.dtype)
+        return Balancer(mode, self.ranks, layout, size, self.config.split != "even")
 
     @property
     def busy(self) -> bool:
@@ -131,11 +151,16 @@ class Engine:
             plan = self.planner.plan(batches, self.layout.topology.tp)
             start = time.perf_counter()
             results = self.ranks.run(batches, plan)
-            self.planner.took(batches, plan, time.perf_counter() - start)
+            taken = time.perf_counter() - start
+            self.planner.took(batches, plan, taken)
+            if self.balancer is not None:
+                self.balancer.after_step(taken)
             return [self._output(request) for request in self.scheduler.update(batches, results)]
 
     def close(self) -> None:
         """End all ranks; nothing can be computed any more."""
+        if self.balancer is not None:
+            self.balancer.close()
         self.ranks.close()
 
     def _output(self, request: Request) -> Output:

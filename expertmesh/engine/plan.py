@@ -5,11 +5,12 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from expertmesh.request import Batch, Slice
 
-TRIALS = 3  # steps of either kind before one is preferred
-# Steps until the other kind is tried again, twice: soon at first, when little is known, then twice as late each time.
+TRIALS = 3  # steps of each kind before one is preferred
+# Steps until another kind is tried again, twice: soon at first, when little is known, then twice as late each time.
 # It may cost twice as much, and then 2% are lost in the end.
 SOON, LATE = 8, 100
 KEPT = 8  # steps that a judgement is based on
@@ -19,10 +20,19 @@ MOST_PIECES = 4  # more of them cost more time than they hide
 
 @dataclass(frozen=True)
 class Plan:
-    """The same for all ranks. micro_batches: 1 or 2; pieces: of a rank's rows in the exchange."""
+    """The same for all ranks. micro_batches: 1 or 2; pieces: of a rank's rows in the exchange; split: how replicas
+    are chosen (`comm.replicas`)."""
 
     micro_batches: int = 1
     pieces: int = 1
+    split: str = "even"
+
+
+class Way(NamedTuple):
+    """What a planner has a choice of."""
+
+    micro_batches: int
+    split: str
 
 
 def pieces_of(rows: int, row_bytes: int) -> int:
@@ -34,28 +44,34 @@ class Planner:
     """Decides before each step, and learns from how long it took.
 
     Cutting a step hides the time on the wire behind the computation, and makes that longer: the weights are read
-    twice, and every matrix product is smaller. Which of both is more depends on the model, the links and the number of
-    rows, so "auto" tries both on steps of about the same size and keeps to the faster one.
+    twice, and every matrix product is smaller. Counts of the same step level the ranks better than those of the last
+    one, and have to be waited for. Which is more depends on the model, the links and the number of rows, so "auto"
+    tries what there is on steps of about the same size and keeps to the fastest.
     """
 
-    def __init__(self, mode: str, row_bytes: int, wire: bool) -> None:
-        """mode: auto, on or off; row_bytes: of a hidden state; wire: whether rows travel to other nodes at all."""
+    def __init__(self, mode: str, row_bytes: int, wire: bool, splits: Sequence[str] = ("even",)) -> None:
+        """mode: auto, on or off; row_bytes: of a hidden state; wire: whether rows travel to other nodes at all;
+        splits: ways to choose replicas that may be tried (`comm.replicas`)."""
         self._mode, self._row_bytes, self._wire = mode, row_bytes, wire
+        self._splits = tuple(splits)
         self._seen: dict[tuple[int, int], _Seen] = {}
 
     def plan(self, batches: Sequence[Batch], ranks_of_group: int) -> Plan:
         rows = max(batch.rows for batch in batches)
         pieces = pieces_of(-(-rows // ranks_of_group), self._row_bytes) if self._wire else 1
-        if self._mode == "off" or rows < 2 or (self._mode == "auto" and not self._wire):
-            return Plan(1, pieces)
-        if self._mode == "on":
-            return Plan(2, pieces)
-        return Plan(self._seen.setdefault(_kind(batches), _Seen()).choose(), pieces)
+        cuts: tuple[int, ...] = (1,)
+        if rows >= 2 and self._mode != "off":
+            cuts = (2,) if self._mode == "on" else (1, 2) if self._wire else (1,)
+        options = [Way(cut, split) for split in self._splits for cut in cuts]
+        if len(options) == 1:
+            return Plan(options[0].micro_batches, pieces, options[0].split)
+        way = self._seen.setdefault(_kind(batches), _Seen(options)).choose()
+        return Plan(way.micro_batches, pieces, way.split)
 
     def took(self, batches: Sequence[Batch], plan: Plan, seconds: float) -> None:
         """A step has been computed."""
         if (seen := self._seen.get(_kind(batches))) is not None:
-            seen.add(plan.micro_batches, seconds / max(batch.rows for batch in batches))
+            seen.add(Way(plan.micro_batches, plan.split), seconds / max(batch.rows for batch in batches))
 
 
 def _kind(batches: Sequence[Batch]) -> tuple[int, int]:
@@ -66,30 +82,33 @@ def _kind(batches: Sequence[Batch]) -> tuple[int, int]:
 
 
 class _Seen:
-    """Seconds per row of the last steps of one kind, by the number of micro-batches."""
+    """Seconds per row of the last steps of one kind, by the way they were computed."""
 
-    def __init__(self) -> None:
-        self._seconds: dict[int, deque[float]] = {1: deque(maxlen=KEPT), 2: deque(maxlen=KEPT)}
+    def __init__(self, options: Sequence[Way]) -> None:
+        self._seconds: dict[Way, deque[float]] = {way: deque(maxlen=KEPT) for way in options}
         self._steps = 0
         self._again, self._pause = SOON, SOON
-        self._faster = 1
+        self._fastest, self._turn = options[0], 0
 
-    def choose(self) -> int:
-        fewest = min((1, 2), key=lambda n: len(self._seconds[n]))
+    def choose(self) -> Way:
+        fewest = min(self._seconds, key=lambda way: len(self._seconds[way]))
         if len(self._seconds[fewest]) < TRIALS:
             return fewest
         # What disturbs a step makes it longer: the shortest is nearest to the truth.
-        faster = min((1, 2), key=lambda n: min(self._seconds[n]))
-        if faster != self._faster:
-            self._faster, self._pause, self._again = faster, SOON, self._steps + SOON
+        fastest = min(self._seconds, key=lambda way: min(self._seconds[way]))
+        if fastest != self._fastest:
+            self._fastest, self._pause, self._again = fastest, SOON, self._steps + SOON
         if self._steps > self._again:  # two steps: one may be disturbed
             self._pause = min(LATE, 2 * self._pause)
             self._again = self._steps + self._pause
-        return 3 - faster if self._steps >= self._again - 1 else faster
+            self._turn += 1
+        others = [way for way in self._seconds if way != fastest]
+        return others[self._turn % len(others)] if self._steps >= self._again - 1 else fastest
 
-    def add(self, micro_batches: int, seconds: float) -> None:
-        self._steps += 1
-        self._seconds[micro_batches].append(seconds)
+    def add(self, way: Way, seconds: float) -> None:
+        if way in self._seconds:
+            self._steps += 1
+            self._seconds[way].append(seconds)
 
 
 def cut(batch: Batch) -> tuple[Batch, Batch]:

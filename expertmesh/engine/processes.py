@@ -3,7 +3,7 @@
 import secrets
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,15 @@ from expertmesh.comm.meeting import Place
 from expertmesh.config import EngineConfig
 from expertmesh.engine.checkpoint import Checkpoint
 from expertmesh.engine.plan import Plan
-from expertmesh.engine.ranks import resolve_memory, sum_loads
+from expertmesh.engine.ranks import matched, resolve_memory, sum_loads
 from expertmesh.engine.wire import BatchWriter, read_result
 from expertmesh.kernels import Kernels
 from expertmesh.launch.crew import Crew
 from expertmesh.launch.inquiry import tell_on_signal
 from expertmesh.launch.launcher import Here, Launcher, Spec
 from expertmesh.mesh.layout import Layout
+from expertmesh.mesh.migration import Move
+from expertmesh.mesh.placement import Placement
 from expertmesh.mesh.topology import Topology
 from expertmesh.request import Batch, StepResult
 
@@ -93,6 +95,22 @@ class ProcessRanks:
             )
             for rank, answer in enumerate(answers)
         ]
+
+    def stage(self, moves: Sequence[Move], start: int, stop: int) -> None:
+        plain = [astuple(move) for move in moves]
+        self._tell({"do": "stage", "moves": plain, "start": start, "stop": stop}, "a move of experts")
+
+    def checksums(self, moves: Sequence[Move]) -> list[tuple[int, int]]:
+        plain = [astuple(move) for move in moves]
+        return matched(moves, self._tell({"do": "checksums", "moves": plain}, "a move of experts"))
+
+    def commit(self, moves: Sequence[Move], placement: Placement) -> None:
+        plain = [astuple(move) for move in moves]
+        changed = {m.layer: placement.slots_LRS[placement.row_of(m.layer)].tolist() for m in moves}
+        self._tell({"do": "commit", "moves": plain, "slots": changed}, "a move of experts")
+
+    def _tell(self, message: dict[str, Any], during: str) -> list[Any]:
+        return self.crew.ask([message] * self.layout.topology.ranks, during)
 
     def reset(self) -> None:
         self.crew.ask([{"do": "reset"}] * self.layout.topology.ranks)

@@ -7,8 +7,8 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,10 +26,12 @@ from expertmesh.errors import InputError, RankFailure
 from expertmesh.kernels import Kernels
 from expertmesh.launch.crew import name_of
 from expertmesh.mesh.layout import Layout
+from expertmesh.mesh.migration import Move
+from expertmesh.mesh.placement import Placement
 from expertmesh.model.deepseek import DeepSeek
 from expertmesh.model.layers import New
 from expertmesh.request import Batch, StepResult
-from expertmesh.weights import Shard, static_bytes
+from expertmesh.weights import Shard, expert_bytes, static_bytes
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,18 @@ class Ranks(Protocol):
         """Count loads and bytes from 0."""
         ...
 
+    def stage(self, moves: Sequence[Move], start: int, stop: int) -> None:
+        """Bytes [start, stop) of the weights of the moving experts come to their ranks' spare memory."""
+        ...
+
+    def checksums(self, moves: Sequence[Move]) -> list[tuple[int, int]]:
+        """For each move that of the weights at their source, and of what has come."""
+        ...
+
+    def commit(self, moves: Sequence[Move], placement: Placement) -> None:
+        """What has come serves from the next step on, and `placement` holds."""
+        ...
+
     def on_failure(self, callback: Callable[[str], None]) -> None:
         """Call this with the message, in another thread, where a rank fails while nothing is asked of it."""
         ...
@@ -97,14 +111,16 @@ def resolve_memory(
     if sharing > MOST_RANKS:
         raise InputError(f"{sharing} ranks on one machine; at most {MOST_RANKS} are possible")
     dtype = config.dtype_of(model)
-    shards = [Shard.of(rank, topology, layout.placement) for rank in range(topology.ranks)]
+    shards = shards_of(layout, config)
     kinds = static_bytes(model, dtype, shards[0])  # all ranks have as many slots
+    if config.rebalance != "off" and topology.ranks > 1:
+        kinds["spare"] = expert_bytes(model, dtype)
     weights = sum(kinds.values()) * sharing
     if together:
         made: dict[Hashable, Tensor] = {}
         for shard in shards:
             DeepSeek(model, shard, kernels, New(TORCH_DTYPES[dtype], torch.device("meta"), made))
-        weights = sum(t.numel() * t.element_size() for t in made.values())
+        weights = sum(t.numel() * t.element_size() for t in made.values()) + kinds["spare"] * topology.ranks
     free = free_memory()
     check_memory(checkpoint.folder, weights, free)
     resolved = config.resolve(model, free - weights, sharing)
@@ -123,6 +139,14 @@ PATIENCE = 40
 GRACE = 5.0  # seconds in which the cause of a failure shows, when others have seen its effect
 MOST_RANKS = 1024
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def shards_of(layout: Layout, config: EngineConfig) -> list[Shard]:
+    """What each rank holds. Experts that may move are a rank's own, also where another one begins with the same."""
+    shards = [Shard.of(rank, layout.topology, layout.placement) for rank in range(layout.topology.ranks)]
+    if config.rebalance == "off":
+        return shards
+    return [replace(shard, own=rank) for rank, shard in enumerate(shards)]
 
 
 def collectives_of(layout: Layout, comm: Comm) -> Collectives:
@@ -150,7 +174,7 @@ class ThreadRanks:
         new = New(TORCH_DTYPES[self.config.dtype], torch.device("cpu"), {})
         self.runners: list[Runner] = []
         self._comms: list[Comm] = []
-        shards = [Shard.of(rank, topology, layout.placement) for rank in range(topology.ranks)]
+        shards = shards_of(layout, config)
         for rank, shard in enumerate(shards):
             model = DeepSeek(checkpoint.config, shard, kernels, new)
             collectives: Collectives = Alone()
@@ -187,27 +211,41 @@ class ThreadRanks:
         torch.set_num_threads(threads)  # of other threads of this process: the ranks have changed the default
 
     def run(self, batches: Sequence[Batch], plan: Plan) -> list[StepResult]:
-        if self._failure is not None:
-            raise RankFailure(self._failure)
+        self._check_alive()
         self._steps += 1
         if not self._inboxes:
             return [self.runners[0].run(batches[0], plan)]
         topology = self.layout.topology
+
+        def step(batch: Batch) -> _Work:
+            return lambda runner: runner.run(batch, plan)
+
+        done = self._all([step(batches[topology.group_of(rank)]) for rank in range(topology.ranks)])
+        firsts = (done[rank] for rank in range(0, topology.ranks, topology.tp))
+        return [result for result in firsts if isinstance(result, StepResult)]
+
+    def _all(self, works: "Sequence[_Work]") -> "dict[int, Any]":
+        """What each rank returns. RankFailure where one fails."""
+        self._check_alive()
+        topology = self.layout.topology
         try:
-            for rank, inbox in enumerate(self._inboxes):
-                inbox.put((batches[topology.group_of(rank)], plan))
+            for inbox, work in zip(self._inboxes, works, strict=True):
+                inbox.put(work)
             done = self._collect()
         except KeyboardInterrupt:
             if len(self._done_by) < topology.ranks:
                 self._failure = f"the engine was interrupted in the middle of step {self._steps}"
             raise
         self._check(done)
-        firsts = (done[rank] for rank in range(0, topology.ranks, topology.tp))
-        return [result for result in firsts if isinstance(result, StepResult)]
+        return done
 
-    def _collect(self) -> "dict[int, StepResult | BaseException]":
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise RankFailure(self._failure)
+
+    def _collect(self) -> "dict[int, Any]":
         """What every rank brought, or what came of it where one has failed: who hangs brings nothing."""
-        done: dict[int, StepResult | BaseException] = {}
+        done: dict[int, Any] = {}
         self._done_by = done.keys()
         failed = False
         while len(done) < self.layout.topology.ranks:
@@ -221,7 +259,7 @@ class ThreadRanks:
             failed = failed or isinstance(result, BaseException)
         return done
 
-    def _check(self, done: "dict[int, StepResult | BaseException]") -> None:
+    def _check(self, done: "dict[int, Any]") -> None:
         """RankFailure where a rank has failed. What others saw of it is not the cause."""
         failed = {rank: e for rank, e in done.items() if isinstance(e, BaseException)}
         if not failed:
@@ -239,6 +277,16 @@ class ThreadRanks:
     @property
     def pids(self) -> list[int]:
         return []
+
+    def stage(self, moves: Sequence[Move], start: int, stop: int) -> None:
+        self._all([lambda runner: runner.mover.stage(moves, start, stop)] * self.layout.topology.ranks)
+
+    def checksums(self, moves: Sequence[Move]) -> list[tuple[int, int]]:
+        return matched(moves, [runner.mover.checksums(moves) for runner in self.runners])
+
+    def commit(self, moves: Sequence[Move], placement: Placement) -> None:
+        for runner in self.runners:
+            runner.mover.commit(moves, placement)
 
     def loads(self) -> dict[int, Tensor]:
         return sum_loads([r.loads.counts for r in self.runners])
@@ -260,8 +308,8 @@ class ThreadRanks:
         _end(self._inboxes, self._threads)
 
 
-_Work: TypeAlias = tuple[Batch, Plan]
-_Done: TypeAlias = tuple[int, StepResult | BaseException]
+_Work: TypeAlias = Callable[[Runner], Any]
+_Done: TypeAlias = tuple[int, Any]
 
 
 def _serve(
@@ -277,7 +325,7 @@ def _serve(
     while (work := inbox.get()) is not None:
         try:
             with world.turn:
-                result = runner.run(*work)
+                result = work(runner)
             done.put((rank, result))
         except BaseException as error:
             if not isinstance(error, CommError):
@@ -294,6 +342,11 @@ def _end(inboxes: "Sequence[queue.SimpleQueue[_Work | None]]", threads: Sequence
     for thread in threads:
         if thread is not threading.current_thread():
             thread.join(max(0.0, end - time.monotonic()))
+
+
+def matched(moves: Sequence[Move], by_rank: Sequence[Sequence[int | None]]) -> list[tuple[int, int]]:
+    """What `Mover.checksums` says on every rank, by moves: of what was given, and of what has come."""
+    return [(by_rank[m.source][i] or 0, by_rank[m.rank][i] or 0) for i, m in enumerate(moves)]
 
 
 def sum_loads(counts: Sequence[dict[int, Tensor]]) -> dict[int, Tensor]:

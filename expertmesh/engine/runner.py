@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from expertmesh.comm.base import Collectives, Group
+from expertmesh.comm.exchange import TieredExchange
 from expertmesh.config import EngineConfig
 from expertmesh.engine import sampler
+from expertmesh.engine.moving import Mover
 from expertmesh.engine.plan import Plan, cut
 from expertmesh.kernels import AttentionRows, Rotary
 from expertmesh.kernels.types import Prefill, rotary_table
@@ -38,11 +40,18 @@ class Runner:
         self.cos, self.sin = rotary_table(model.config, config.max_context or 1)
         self.loads = Loads()
 
+    @cached_property
+    def mover(self) -> Mover:
+        """Of a rank of several."""
+        exchange = self.collectives.exchange
+        assert isinstance(exchange, TieredExchange)
+        return Mover(self.model, exchange)
+
     @torch.inference_mode()
     def run(self, batch: Batch, plan: Plan) -> StepResult:
         """Compute my share of the TP group's batch; choose a token for each request whose known tokens are all
         computed. Every rank of the group gets the batch, the first one gives the results."""
-        self.collectives.exchange.pieces = plan.pieces
+        self.collectives.exchange.prepare(plan.pieces, plan.split)
         parts = cut(batch) if plan.micro_batches == 2 else (batch,)
         asked = [_asked(part) for part in parts]
         rows = self.collectives.run(

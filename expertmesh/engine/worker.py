@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from expertmesh.comm.process import ProcessComm
@@ -21,6 +22,7 @@ from expertmesh.launch.duty import Duty
 from expertmesh.launch.inquiry import tell_on_signal
 from expertmesh.launch.interfaces import interface_of
 from expertmesh.mesh.layout import Layout
+from expertmesh.mesh.migration import Move
 from expertmesh.mesh.topology import Topology
 from expertmesh.model.deepseek import DeepSeek
 from expertmesh.model.layers import New
@@ -93,12 +95,21 @@ class _Rank(RankProcess):
         peers = self._layout.how.peers(topology, self._number)
         super().__init__(topology, self._number, spec["address"], peers, self._config.timeout)
         self._reader = BatchReader()
+        self._placement = self._layout.placement
 
     def do(self, message: Plain) -> Any:
         match message["do"]:
             case "step":
                 batch, plan = self._reader.read(message["batch"]), Plan(**message["plan"])
                 return write_result(self._runner.run(batch, plan))
+            case "stage":
+                self._runner.mover.stage(_moves(message), message["start"], message["stop"])
+            case "checksums":
+                return self._runner.mover.checksums(_moves(message))
+            case "commit":
+                slots = {layer: np.array(s, dtype=np.int64) for layer, s in message["slots"].items()}
+                self._placement = self._placement.replaced(slots)
+                self._runner.mover.commit(_moves(message), self._placement)
             case "loads":
                 return {layer: rows.tolist() for layer, rows in self._runner.loads.counts.items()}
             case "sent":
@@ -118,3 +129,7 @@ class _Rank(RankProcess):
         model = DeepSeek(checkpoint.config, shard, kernels_for("cpu", self._config.strict), new)
         load(checkpoint, model.weights(), shard)
         self._runner = Runner(model, self._config, collectives_of(self._layout, self.comm))
+
+
+def _moves(message: Plain) -> list[Move]:
+    return [Move(*move) for move in message["moves"]]

@@ -1,6 +1,6 @@
 """Which expert is in which slot of which rank, and which of its replicas a rank sends its rows to."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -59,6 +59,13 @@ class Placement:
     def of_rank(self, rank: int) -> dict[int, tuple[int, ...]]:
         """For each layer the expert in each of the rank's slots."""
         return {layer: tuple(self.slots_LRS[i, rank].tolist()) for i, layer in enumerate(self.layers)}
+
+    def replaced(self, slots_of: Mapping[int, Ints]) -> "Placement":
+        """With other slots [R, S] in these layers."""
+        slots_LRS = self.slots_LRS.copy()
+        for layer, slots_RS in slots_of.items():
+            slots_LRS[self.row_of(layer)] = slots_RS
+        return Placement(slots_LRS, self.experts, self.layers)
 
     def choices(self, layer: int, topology: Topology) -> Ints:
         """[R, E]: the slot that each rank sends the rows of each expert to, see `choose_replicas`."""

@@ -13,6 +13,7 @@ how many wishes each slot has, and only as many rows as the levels need are sent
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,12 @@ class Split:
         flat = np.ascontiguousarray(self.slots_RS.reshape(-1), np.int32)
         room = np.full(ranks, size, np.int32)
         object.__setattr__(self, "_native", (native.library("balance"), room, flat) if compiled else None)
+
+    @cached_property
+    def replicated(self) -> bool:
+        """Whether there is anything to choose."""
+        held = self.slots_RS[self.slots_RS != EMPTY]
+        return bool(held.size > np.unique(held).size)
 
     def wish(self, experts_TK: Ints, rank: int) -> "Wish":
         """Where the rank's rows would go if only copies to nodes counted."""

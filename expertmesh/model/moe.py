@@ -23,8 +23,9 @@ class MoE:
         self.router = new("router", c.n_routed_experts, c.hidden_size, float32=True)
         self.bias = new("bias", c.n_routed_experts, float32=True) if c.topk_method == "noaux_tc" else None
         width = c.moe_intermediate_size
-        self.gate_up = new("gate_up", len(self.slots), 2 * width, c.hidden_size, part=self.slots)
-        self.down = new("down", len(self.slots), c.hidden_size, width, part=self.slots)
+        part = (self.slots, shard.own)
+        self.gate_up = new("gate_up", len(self.slots), 2 * width, c.hidden_size, part=part)
+        self.down = new("down", len(self.slots), c.hidden_size, width, part=part)
         self.shared_width = width * c.n_shared_experts
         if self.shared_width:
             self.shared_gate_up = new("shared_gate_up", 2 * self.shared_width, c.hidden_size)
