@@ -7,6 +7,7 @@ split, over loads that may come: the recorded windows and log-normal variations 
 """
 
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -47,7 +48,10 @@ OBJECTIVES = {
     "local": Objective(even=3.0, slack=0.02, copies=0.3, tries=200_000, heat=1e-3),
 }
 ENOUGH = 0.045  # an old placement is left alone once no card is further above the mean
-MOVE = 0.0005  # a slot is moved if that brings the highest card down by at least this part of the mean
+TRIES = 100_000
+MOVES = tuple(
+    0.128 * 0.6**i for i in range(10)
+)  # what a moved slot has to be worth, in turn, see `search.Goal`
 TOKENS = 1024  # that locality is judged by
 MOST_NODES = 64  # for which it is looked at
 WINDOWS = 0.1  # weight of the recorded windows among the scenarios
@@ -121,24 +125,39 @@ def _layer(
         shares_E, scenarios, weights, objective.even, objective.slack, objective.risk, objective.deviation,
         topology.nodes, tokens_TK, objective.copies,
     )  # fmt: skip
-    if old_RS is None:
-        counts_E = replicate((shares_E + 1e-6) ** objective.greed, int(room_R.sum()), topology.ranks)
-        slots_RS = pack(shares_E, counts_E, room_R)
-    else:
-        slots_RS = _fit(old_RS, shares_E, room_R)
-        goal = replace(goal, old_RS=old_RS, move=MOVE, budget=budget, enough=ENOUGH)
+    seeds = (int(number) for number in rng.integers(1 << 62, size=16))
+    if old_RS is not None:
+        goal = Goal(shares_E, even=3.0, slack=ENOUGH - 0.01, old_RS=old_RS, budget=budget, enough=ENOUGH)
+        return _mend(_fit(old_RS, shares_E, room_R), room_R, goal, objective, seeds)
+    counts_E = replicate((shares_E + 1e-6) ** objective.greed, int(room_R.sum()), topology.ranks)
+    slots_RS = pack(shares_E, counts_E, room_R)
     if not native.available("balance"):
         return slots_RS
-    heat = objective.heat if old_RS is None else 0.0
-    number = int(rng.integers(1 << 62))
-    if (
-        old_RS is None and tokens_TK is not None and objective.copies
-    ):  # a good start, where the search weighs copies itself
-        slots_RS = arrange(slots_RS, room_R, topology.nodes, tokens_TK, number)
-    slots_RS = improve(slots_RS, room_R, goal, objective.tries, heat, number)
-    if old_RS is None and tokens_TK is not None and not objective.copies:
-        slots_RS = arrange(slots_RS, room_R, topology.nodes, tokens_TK, number)
+    if tokens_TK is not None and objective.copies:  # where the search weighs copies, it gets a good start
+        slots_RS = arrange(slots_RS, room_R, topology.nodes, tokens_TK, next(seeds))
+    slots_RS = improve(slots_RS, room_R, goal, objective.tries, objective.heat, next(seeds))
+    if tokens_TK is not None and not objective.copies:
+        slots_RS = arrange(slots_RS, room_R, topology.nodes, tokens_TK, next(seeds))
     return slots_RS
+
+
+def _mend(slots_RS: Ints, room_R: Ints, goal: Goal, objective: Objective, seeds: Iterator[int]) -> Ints:
+    """The old placement, changed in few slots: first only where one makes much of a difference, then where less, until
+    the cards are level enough."""
+    if not native.available("balance"):
+        return slots_RS
+    for move in MOVES:
+        if _highest(slots_RS, goal.shares_E) <= 1 + ENOUGH:
+            break
+        tries = TRIES
+        slots_RS = improve(slots_RS, room_R, replace(goal, move=move), tries, 0.0, next(seeds))
+    return slots_RS
+
+
+def _highest(slots_RS: Ints, shares_E: Floats) -> float:
+    has_RE = held(slots_RS, len(shares_E))
+    loads_R = has_RE @ (shares_E / has_RE.sum(0))
+    return float(loads_R.max() / loads_R.mean())
 
 
 def _forecast(

@@ -29,8 +29,8 @@ class Goal:
     """
 
     shares_E: Floats
-    scenarios_NE: Floats
-    weights_N: Floats
+    scenarios_NE: Floats | None = None
+    weights_N: Floats | None = None
     even: float = 0.0
     slack: float = 0.0
     risk: float = 0.0
@@ -71,8 +71,8 @@ def improve(slots_RS: Ints, room_R: Ints, goal: Goal, tries: int, heat: float, s
     ranks, experts = len(room_R), len(goal.shares_E)
     used = np.arange(slots_RS.shape[1]) < room_R[:, None]
     flat = np.ascontiguousarray(slots_RS[used], dtype=np.int32)
-    loads = whole(goal.scenarios_NE, ranks)
-    weights = np.ascontiguousarray(goal.weights_N, dtype=np.float64)
+    loads = whole(np.empty((0, experts)) if goal.scenarios_NE is None else goal.scenarios_NE, ranks)
+    weights = np.ascontiguousarray(np.empty(0) if goal.weights_N is None else goal.weights_N, np.float64)
     shares = np.ascontiguousarray(goal.shares_E / goal.shares_E.sum() * ranks)
     tokens = np.ascontiguousarray(np.empty((0, 1)) if goal.tokens_TK is None else goal.tokens_TK, np.int32)
     old = None if goal.old_RS is None else np.ascontiguousarray(held(goal.old_RS, experts), np.uint8)

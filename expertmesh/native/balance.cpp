@@ -383,7 +383,7 @@ private:
         int p = slots_.first[a] + random_.below(n), q = slots_.first[b] + random_.below(m);
         int e = slots_.expert[p], f = slots_.expert[q];
         if (e == f || (e != EMPTY && on(b, e))) return false;
-        bool replace = e != EMPTY && (f == EMPTY || slots_.replicas(f) > 1) && random_.below(goal_.scenarios ? 2 : 8) == 0;
+        bool replace = e != EMPTY && (f == EMPTY || slots_.replicas(f) > 1) && random_.below(goal_.scenarios || goal_.old ? 2 : 8) == 0;
         if (!replace && f != EMPTY && on(a, f)) return false;
         move = {p, q, replace};
         return true;
