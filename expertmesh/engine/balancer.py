@@ -10,7 +10,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -107,6 +107,11 @@ class Balancer:
             self._decide()
         elif self._planned is None and self._steps % self._every == 0:
             self._look()
+
+    def wait(self) -> None:
+        """Until a plan that is being made has been made."""
+        if self._planned is not None:
+            wait([self._planned])
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -49,6 +49,7 @@ OBJECTIVES = {
 }
 ENOUGH = 0.045  # an old placement is left alone once no card is further above the mean
 TRIES = 100_000
+FINE = 3
 MOVES = tuple(
     0.128 * 0.6**i for i in range(10)
 )  # what a moved slot has to be worth, in turn, see `search.Goal`
@@ -127,7 +128,7 @@ def _layer(
     )  # fmt: skip
     seeds = (int(number) for number in rng.integers(1 << 62, size=16))
     if old_RS is not None:
-        goal = Goal(shares_E, even=3.0, slack=ENOUGH - 0.01, old_RS=old_RS, budget=budget, enough=ENOUGH)
+        goal = replace(goal, old_RS=old_RS, budget=budget, enough=ENOUGH)
         return _mend(_fit(old_RS, shares_E, room_R), room_R, goal, objective, seeds)
     counts_E = replicate((shares_E + 1e-6) ** objective.greed, int(room_R.sum()), topology.ranks)
     slots_RS = pack(shares_E, counts_E, room_R)
@@ -146,11 +147,16 @@ def _mend(slots_RS: Ints, room_R: Ints, goal: Goal, objective: Objective, seeds:
     the cards are level enough."""
     if not native.available("balance"):
         return slots_RS
-    for move in MOVES:
+    by_shares = Goal(
+        goal.shares_E, even=3.0, slack=ENOUGH - 0.01, old_RS=goal.old_RS, budget=goal.budget, enough=ENOUGH
+    )
+    stages = [(by_shares, move, TRIES) for move in MOVES]
+    # Where experts are few or large, even shares may never be level; the split may be.
+    stages += [(goal, move, objective.tries) for move in MOVES[-FINE:]]
+    for aim, move, tries in stages:
         if _highest(slots_RS, goal.shares_E) <= 1 + ENOUGH:
             break
-        tries = TRIES
-        slots_RS = improve(slots_RS, room_R, replace(goal, move=move), tries, 0.0, next(seeds))
+        slots_RS = improve(slots_RS, room_R, replace(aim, move=move), tries, 0.0, next(seeds))
     return slots_RS
 
 

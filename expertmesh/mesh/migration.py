@@ -6,7 +6,6 @@ another rank takes, and so on, until something is dropped that has other replica
 closes to a ring.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,31 +37,27 @@ class Round:
 
 
 def rounds(old: Placement, new: Placement, topology: Topology) -> list[Round]:
-    """The moves from old to new, which have the same layers and slots a rank. What ranks keep stays in its slot, so
-    the last round leaves the experts of `new` on their ranks, maybe in other slots there."""
-    current = {layer: old.slots_LRS[row].copy() for row, layer in enumerate(old.layers)}
-    chains = {
-        layer: _chains(current[layer], new.slots_LRS[new.row_of(layer)], new.experts) for layer in old.layers
+    """The moves from old to new, which have the same layers and slots a rank. What ranks keep stays in its slot. After
+    the last round each rank has the experts of `new`, maybe in other slots, and where there was room for them still
+    some of `old`."""
+    layers = {
+        layer: _Layer(old.slots_LRS[row], new.slots_LRS[new.row_of(layer)], new.experts)
+        for row, layer in enumerate(old.layers)
     }
     out: list[Round] = []
-    waiting = {layer: next(found, None) for layer, found in chains.items()}
-    while any(waiting.values()):
+    while True:
         busy: set[int] = set()
         moves: list[Move] = []
-        changed: dict[int, list[tuple[int, int, int]]] = {}
-        for layer, chain in waiting.items():
-            ranks = {rank for rank, _, _ in chain or ()}
-            if not chain or busy & ranks:
-                continue
-            busy |= ranks
-            moves += [_move(layer, current[layer], *step, topology) for step in chain]
-            changed[layer] = chain
-        for layer, chain in changed.items():
-            for rank, slot, expert in chain:
-                current[layer][rank, slot] = expert
-            waiting[layer] = next(chains[layer], None)
-        out.append(Round(tuple(moves), {layer: current[layer].copy() for layer in changed}))
-    return out
+        changed: set[int] = set()
+        for number, layer in layers.items():
+            before_RS = layer.slots_RS.copy()
+            while (chain := layer.chain(busy)) is not None:
+                busy |= {rank for rank, _, _ in chain}
+                moves += [_move(number, before_RS, *step, topology) for step in chain]
+                changed.add(number)
+        if not moves:
+            return out
+        out.append(Round(tuple(moves), {number: layers[number].slots_RS.copy() for number in changed}))
 
 
 def _move(layer: int, slots_RS: Ints, rank: int, slot: int, expert: int, topology: Topology) -> Move:
@@ -78,44 +73,57 @@ def _move(layer: int, slots_RS: Ints, rank: int, slot: int, expert: int, topolog
     return Move(layer, expert, source, source_slot, rank, slot)
 
 
-def _chains(start_RS: Ints, goal_RS: Ints, experts: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Chains of one layer, each as (rank, slot, expert) that it takes; each is to be done before the next is asked
-    for, and is entered here."""
-    slots_RS = start_RS.copy()
-    wanted = [set(goal[goal != EMPTY].tolist()) for goal in goal_RS]
-    count = np.bincount(slots_RS[slots_RS != EMPTY], minlength=experts)
-    while True:
-        missing = [sorted(want - set(have.tolist())) for want, have in zip(wanted, slots_RS, strict=True)]
-        first = next((rank for rank, some in enumerate(missing) if some), None)
-        if first is None:
-            return
-        chain = _chain(first, missing, slots_RS, wanted, count)
-        for rank, slot, expert in chain:
-            if slots_RS[rank, slot] != EMPTY:
-                count[slots_RS[rank, slot]] -= 1
-            slots_RS[rank, slot] = expert
-            count[expert] += 1
-        yield chain
+class _Layer:
+    """One layer on its way."""
 
-
-def _chain(
-    rank: int, missing: list[list[int]], slots_RS: Ints, wanted: list[set[int]], count: Ints
-) -> list[tuple[int, int, int]]:
-    expert = missing[rank][0]
-    chain: list[tuple[int, int, int]] = []
-    at: dict[int, int] = {}
-    while True:
-        if rank in at:  # closes here: what led to it is left for later
-            ring = chain[at[rank] :]
-            return [(ring[0][0], ring[0][1], expert), *ring[1:]]
-        surplus = [
-            (slot, e) for slot, e in enumerate(slots_RS[rank].tolist()) if e == EMPTY or e not in wanted[rank]
+    def __init__(self, start_RS: Ints, goal_RS: Ints, experts: int) -> None:
+        self.slots_RS = start_RS.copy()
+        self._wanted = [set(goal[goal != EMPTY].tolist()) for goal in goal_RS]
+        self._count = np.bincount(start_RS[start_RS != EMPTY], minlength=experts)
+        self._missing = [
+            sorted(want - set(have.tolist())) for want, have in zip(self._wanted, start_RS, strict=True)
         ]
-        # An empty slot, or one whose expert is elsewhere too, ends the chain.
-        slot, dropped = min(surplus, key=lambda s: (s[1] != EMPTY, s[1] != EMPTY and count[s[1]] < 2, s[0]))
-        at[rank] = len(chain)
-        chain.append((rank, slot, expert))
-        if dropped == EMPTY or count[dropped] > 1:
-            return chain
-        expert = dropped
-        rank = next(r for r, some in enumerate(missing) if dropped in some)
+
+    def chain(self, busy: set[int]) -> list[tuple[int, int, int]] | None:
+        """A chain of (rank, slot, expert that it takes) on ranks that are not busy, which has been entered here; None
+        where there is none."""
+        for first, some in enumerate(self._missing):
+            if some and first not in busy:
+                chain = self._from(first)
+                if busy.isdisjoint(rank for rank, _, _ in chain):
+                    self._enter(chain)
+                    return chain
+        return None
+
+    def _from(self, rank: int) -> list[tuple[int, int, int]]:
+        expert = self._missing[rank][0]
+        chain: list[tuple[int, int, int]] = []
+        at: dict[int, int] = {}
+        while rank not in at:
+            surplus = [
+                (slot, e)
+                for slot, e in enumerate(self.slots_RS[rank].tolist())
+                if e == EMPTY or e not in self._wanted[rank]
+            ]
+            # An empty slot, or one whose expert is elsewhere too, ends the chain.
+            slot, dropped = min(
+                surplus, key=lambda s: (s[1] != EMPTY, s[1] != EMPTY and self._count[s[1]] < 2, s[0])
+            )
+            at[rank] = len(chain)
+            chain.append((rank, slot, expert))
+            if dropped == EMPTY or self._count[dropped] > 1:
+                return chain
+            expert = dropped
+            rank = next(r for r, some in enumerate(self._missing) if dropped in some)
+        # It closes here; what led to the ring is left for later.
+        ring = chain[at[rank] :]
+        return [(ring[0][0], ring[0][1], expert), *ring[1:]]
+
+    def _enter(self, chain: list[tuple[int, int, int]]) -> None:
+        for rank, slot, expert in chain:
+            dropped = self.slots_RS[rank, slot]
+            if dropped != EMPTY:
+                self._count[dropped] -= 1
+            self.slots_RS[rank, slot] = expert
+            self._count[expert] += 1
+            self._missing[rank].remove(expert)
