@@ -21,7 +21,7 @@ from expertmesh.errors import InputError
 from expertmesh.llm import LLM
 from expertmesh.mesh.balance import balance
 from expertmesh.mesh.layout import Layout
-from expertmesh.mesh.loads import Loads
+from expertmesh.mesh.loads import Floats, Loads
 from expertmesh.mesh.migration import Move
 from expertmesh.mesh.placement import Ints, Placement, default_placement
 from expertmesh.mesh.search import held
@@ -174,7 +174,7 @@ class _Way:
             mode = f"every={self.traffic.every}"
             self._balancer = Balancer(mode, self, layout, SIZE, self.split, self.plan)  # type: ignore[arg-type]
 
-    def step(self, counts_LE: np.ndarray[Any, Any]) -> None:
+    def step(self, counts_LE: Floats) -> None:
         placement = self.placement if self._balancer is None else self._balancer.placement
         for layer in range(self.layers):
             cards_R = self._cards(placement.slots_LRS[layer], counts_LE[layer])
@@ -203,9 +203,10 @@ class _Way:
         for rows in self._counts.values():
             rows.zero_()
 
-    def _cards(self, slots_RS: Ints, counts_E: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def _cards(self, slots_RS: Ints, counts_E: Floats) -> Floats:
         if self.split:
-            return np.ceil(level(slots_RS, counts_E[None])[0] - 1e-6)
+            cards_R: Floats = np.ceil(level(slots_RS, counts_E[None])[0] - 1e-6)
+            return cards_R
         has_RE = held(slots_RS, self.experts)
         return np.asarray(has_RE @ (counts_E / has_RE.sum(0)))
 

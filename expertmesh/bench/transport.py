@@ -5,10 +5,9 @@ import time
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from expertmesh.bench.exchange import assembled, meet
-from expertmesh.bench.gloo import GlooComm
+from expertmesh.bench.gloo import GlooComm, all_to_all
 from expertmesh.engine.checkpoint import free_memory
 from expertmesh.engine.worker import RankProcess, serve
 from expertmesh.errors import InputError
@@ -87,7 +86,7 @@ class _Process(RankProcess):
             meet(comm)
             start = time.perf_counter()
             if kind == "gloo":
-                dist.all_to_all_single(received, whole)
+                all_to_all(received, whole)
                 came = [received]
             else:
                 came = comm.exchange("dispatch", ranks, parts)

@@ -5,14 +5,17 @@ header that says where in the sender's memory the part lies. So no length is agr
 when its own frame is, whatever else is under way.
 """
 
+import fcntl
 import selectors
 import socket
 import struct
+import sys
+import termios
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -52,6 +55,12 @@ class _Peer:
         if count != self.expected:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, min(count, 1 << 30))
             self.expected = count
+
+    def unread(self) -> int:
+        """Bytes that the kernel holds. Any thread may ask."""
+        with suppress(OSError, ValueError):  # it has been closed
+            return int.from_bytes(fcntl.ioctl(self.socket, termios.FIONREAD, bytes(4)), sys.byteorder)
+        return 0
 
 
 class ProcessComm(Comm):
@@ -150,7 +159,9 @@ class ProcessComm(Comm):
     def waits(self) -> list[Any] | None:
         if (waiting := self._waiting) is None:
             return None
-        return [self._moved, sorted(waiting[0].missing)]
+        # This rank hears of a long part when it is whole: until then the kernel alone knows that more comes.
+        unread = sum(peer.unread() for peer in self._peers.values())
+        return [self._moved + unread, sorted(waiting[0].missing)]
 
     def where(self) -> str | None:
         """What this rank waits for, and since when."""
@@ -177,7 +188,8 @@ class ProcessComm(Comm):
     # Waiting, by the rank's own thread
 
     def finish(self, transfer: "_ProcessTransfer") -> list[Tensor]:
-        """See `Transfer.wait`. What this rank sends has left it then too, if there is no helper to see to that."""
+        """See `Transfer.wait`. What this rank sends has left it then too, if there is no helper to see to that. What
+        the helper has failed with is raised."""
         self._waiting = transfer, time.monotonic()
         end = time.monotonic() + self.patience
         with self._news:
@@ -189,7 +201,9 @@ class ProcessComm(Comm):
                 left = end - time.monotonic()
                 if left <= 0:
                     raise self._in_vain(transfer)
-                if self._helper.active:
+                if self._helper.failed:
+                    self._helper.pause()
+                elif self._helper.active:
                     self._news.wait(left)
                 else:
                     self._move(self._selector.select(left))
@@ -259,7 +273,9 @@ class ProcessComm(Comm):
         frame = [header, _memory(part)] if how == INLINE and len(part) else [header]
         if not peer.sending:
             try:
-                frame = _behind(frame, peer.socket.sendmsg(frame))
+                count = peer.socket.sendmsg(frame)
+                self._moved += count
+                frame = _behind(frame, count)
             except BlockingIOError:
                 pass
             except OSError as error:

@@ -144,3 +144,35 @@ class Channel:
     def _shut(self, direction: int) -> None:
         with contextlib.suppress(OSError):  # it is not connected any more
             self._socket.shutdown(direction)
+
+
+class FirstMessage:
+    """What somebody says first who may be a stranger, read as it comes: nobody has to wait for the rest of it."""
+
+    def __init__(self, connection: socket.socket, limit: int) -> None:
+        """limit: bytes of the message; of a longer one no more is read than its length."""
+        connection.setblocking(False)
+        self._socket, self._limit = connection, limit
+        self._data = bytearray()
+
+    def comes(self) -> bool:
+        """Read what is there of it; whether more of it is to come."""
+        try:
+            some = self._socket.recv(self._size - len(self._data))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        self._data += some
+        return bool(some) and len(self._data) < self._size <= HEADER.size + self._limit
+
+    def content(self) -> Any:
+        """ValueError where it has not come whole, or is no message."""
+        if len(self._data) < self._size:
+            raise ValueError("only the beginning of a message has come")
+        return msgpack.unpackb(self._data[HEADER.size :], strict_map_key=False)
+
+    @property
+    def _size(self) -> int:
+        """As far as that is known."""
+        return HEADER.size + (HEADER.unpack_from(self._data)[0] if len(self._data) >= HEADER.size else 0)

@@ -38,7 +38,7 @@ class Crew:
         self.topology, self.timeout = topology, timeout
         self.during = "the start"  # what is being done, for messages
         self.failure: str | None = None
-        self._failed: str | None = None  # the failure, where it is a rank's
+        self._failed: str | None = None  # the same, but where the crew was closed or broken off
         self._launcher = launcher
         self._closing = False
         self._callbacks: list[Callable[[str], None]] = []
@@ -48,8 +48,9 @@ class Crew:
         for member in self.members:
             # A live rank reads at any time: what it does not take at once is not even sent for half the time.
             member.channel.bound_sending(timeout / 2)
-            # What it has begun to say it says to the end: the listener waits for that, and hears nobody else.
-            member.channel.bound_receiving(timeout)
+            # What it has begun to say it says to the end: the listener waits for that, and hears nobody else. Nor does
+            # it speak to the others, which leave when they do not hear it for `timeout`.
+            member.channel.bound_receiving(timeout / 2)
         self._news = threading.Condition()
         self._answers: dict[int, Any] = {}
         self._stands: dict[int, str] = {}
@@ -154,6 +155,17 @@ class Crew:
     # The listener's thread
 
     def _listen(self) -> None:
+        """Until all have ended: nobody would see a failure any more without this thread."""
+        try:
+            self._attend()
+        except Exception as error:
+            if self.failure is not None:
+                raise  # of a callback: all has been done
+            self._end(
+                f"the driver cannot go on in {self.during}: {type(error).__name__}: {error}", failed=True
+            )
+
+    def _attend(self) -> None:
         beat = self.timeout / BEATS
         with selectors.DefaultSelector() as selector:
             selector.register(self._ears, selectors.EVENT_READ, None)
@@ -205,9 +217,7 @@ class Crew:
         silent = [rank for rank, heard in self._heard.items() if now - heard > self.timeout]
         if not silent:
             self._check_stall(now)
-            for member in self.members:
-                with contextlib.suppress(ChannelClosed):  # seen when its channel is read
-                    member.channel.send({"do": "ping"})
+            self._ping()
             return
         # Others of its node may be silent for a moment less.
         node = self.topology.node_ranks(silent[0])
@@ -217,6 +227,11 @@ class Crew:
             also = ", nor does any other rank of its node" if others else ""
             also += ": its link is cut or the machine is down"
         self._fail(first, f"does not answer any more in {self.during}, for {self.timeout:g} s now{also}")
+
+    def _ping(self) -> None:
+        for member in self.members:
+            with contextlib.suppress(ChannelClosed):  # seen when its channel is read
+                member.channel.send({"do": "ping"})
 
     def _check_stall(self, now: float) -> None:
         """Ranks that all hear the driver, and wait for each other while nothing comes through and none computes."""
@@ -237,9 +252,11 @@ class Crew:
 
     def _lost(self, member: Member) -> None:
         """A rank's channel has ended."""
+        self._ping()  # the others do not wait in vain while its end is waited for
         status = member.wait(GRACE)
         if status is not None and status < 0:
-            how = f"died in {self.during}: killed by signal {-status} ({signal.Signals(-status).name})"
+            names = {each.value: f" ({each.name})" for each in signal.Signals}  # real-time signals have none
+            how = f"died in {self.during}: killed by signal {-status}{names.get(-status, '')}"
         elif status is not None:
             how = f"died in {self.during}: it exited with status {status}"
         elif member.process is not None:
@@ -269,7 +286,21 @@ class Crew:
             if self._closing:
                 return
             self._closing = True
-        because = {"because": why} if failed else {}
+        try:
+            self._stop({"because": why} if failed else {})
+        finally:  # whatever that meets: others wait for this
+            with self._news:
+                self.failure = why
+                self._news.notify_all()
+            with contextlib.suppress(OSError):
+                self._bell.send(b"\0")
+            if failed:
+                with self._news:
+                    self._failed = why
+                for callback in self._callbacks:
+                    callback(why)
+
+    def _stop(self, because: dict[str, str]) -> None:
         # Who was heard last hears first: to send to the others may take its time.
         for member in sorted(self.members, key=lambda m: -self._heard[m.rank]):
             with contextlib.suppress(OSError):  # also where the channel is closed from here
@@ -281,16 +312,6 @@ class Crew:
                 member.kill()
         for member in self.members:
             member.wait(GRACE)
-        with self._news:
-            self.failure = why
-            self._news.notify_all()
-        with contextlib.suppress(OSError):
-            self._bell.send(b"\0")
-        if failed:
-            with self._news:
-                self._failed = why
-            for callback in self._callbacks:
-                callback(why)
 
 
 def name_of(rank: int, topology: Topology) -> str:

@@ -50,7 +50,8 @@ class Duty:
             suspects = getattr(error, "suspects", None)
             text = f"{type(error).__name__}: {error}" if suspects is None else str(error)
             self._channel.send({"failed": text, "suspects": None if suspects is None else list(suspects)})
-            self._inbox.get()  # until the driver ends this process
+            while True:  # until the driver ends this process: it may have asked for more meanwhile
+                self._inbox.get()
 
     def _listen(self) -> None:
         poller = select.poll()

@@ -25,7 +25,9 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
+from expertmesh.errors import InputError, RankFailure
 from expertmesh.launch.channel import Channel, ChannelClosed
+from expertmesh.launch.descriptors import allow_files
 
 # The driver's search path comes as arguments and is in force before anything is imported. `-m` would search the working
 # directory first, and would run a second copy of this module.
@@ -76,6 +78,8 @@ class ForkServer:
     """
 
     def __init__(self, preload: Sequence[str] = ("torch", "numpy")) -> None:
+        """RankFailure where the system has no room for one more process; InputError: see `allow_files`."""
+        allow_files(0)
         near, far = socket.socketpair()
         link = _Link(Channel(near))
         command = [sys.executable, "-c", BOOT, str(far.fileno()), *sys.path]
@@ -87,8 +91,10 @@ class ForkServer:
             # Nobody waits for the imports here: `start` does.
             with contextlib.suppress(ChannelClosed):
                 link.channel.send({"preload": list(preload)})
-        except BaseException:
+        except BaseException as error:
             link.channel.close()
+            if isinstance(error, OSError):
+                raise RankFailure(f"the fork server cannot be started: {error}") from None
             raise
         self.pid = self._server.pid
         self._link = link
@@ -102,26 +108,31 @@ class ForkServer:
         The environment is set before the program is imported, but after what was preloaded: what that read at its
         import (OMP_NUM_THREADS in OpenMP) it does not read again.
 
-        ValueError, TypeError: the program's name or a spec is not of that form. RuntimeError: the server could not
-        start, has died or is closed, or the machine has no room for so many processes; then none of them runs.
+        ValueError, TypeError: the program's name or a spec is not of that form. RankFailure: the server could not
+        start, has died or is closed, or the machine has no room for so many processes; InputError: so many files may
+        not be open. Then none of them runs.
         """
         module, _, function = program.partition(":")
         if not (module and function):
             raise ValueError(f"program {program!r} is not of the form package.module:function")
         request = {"module": module, "function": function, "environment": dict(environment or {})}
-        with contextlib.ExitStack() as unless_started, contextlib.ExitStack() as ours:
-            near, far = [], []
-            for _ in specs:
-                pair = socket.socketpair()
-                near.append(unless_started.enter_context(contextlib.closing(Channel(pair[0]))))
-                far.append(ours.enter_context(pair[1]).fileno())
-            answer = self._link.start(request | {"specs": list(specs)}, near, far)
-            if isinstance(answer, list):
-                unless_started.pop_all()
-                return answer
+        allow_files(2 * len(specs))
+        try:
+            with contextlib.ExitStack() as unless_started, contextlib.ExitStack() as ours:
+                near, far = [], []
+                for _ in specs:
+                    pair = socket.socketpair()
+                    near.append(unless_started.enter_context(contextlib.closing(Channel(pair[0]))))
+                    far.append(ours.enter_context(pair[1]).fileno())
+                answer = self._link.start(request | {"specs": list(specs)}, near, far)
+                if isinstance(answer, list):
+                    unless_started.pop_all()
+                    return answer
+        except OSError as error:  # of the system
+            answer = str(error)
         if answer is None:
             answer = self._link.problem or f"it ended with status {self._server.wait(GRACE)}"
-        raise RuntimeError(f"the fork server started no processes: {answer}")
+        raise RankFailure(f"the fork server started no processes: {answer}")
 
     def close(self) -> None:
         """Kill what still runs, end the server and wait for both; close all channels. Again: nothing."""
@@ -311,6 +322,8 @@ class _Server:
     def _start(self, request: dict[str, Any]) -> None:
         pids: list[int] = []
         ends: list[int] = []
+        with contextlib.suppress(InputError):  # said when they do not come
+            allow_files(2 * len(request["specs"]))
         try:
             ends = self._channel.receive_descriptors(len(request["specs"]))
             for number in range(len(ends)):

@@ -15,7 +15,8 @@ from importlib.metadata import version
 from typing import Any
 
 from expertmesh.errors import InputError, RankFailure
-from expertmesh.launch.channel import MAX_MESSAGE, Channel, ChannelClosed
+from expertmesh.launch.channel import Channel, ChannelClosed, FirstMessage
+from expertmesh.launch.descriptors import allow_files
 from expertmesh.launch.interfaces import interface_address
 from expertmesh.launch.launcher import Spec
 
@@ -23,7 +24,6 @@ FIRST_MESSAGE = 4096  # bytes: more is not read of who may be a stranger
 # What a driver may let a rank run.
 PROGRAMS = ("expertmesh.engine.worker:serve_rank", "expertmesh.bench.exchange:serve_rank")
 RETRY = 0.2  # seconds
-PATIENCE = 1.0  # seconds that a caller has to say the rest of what it has begun
 
 
 def software() -> dict[str, str]:
@@ -61,29 +61,36 @@ class Reception:
         self, ranks: int, timeout: float, ended: Callable[[], str | None], name: Callable[[int], str]
     ) -> list[Arrival]:
         """All ranks, in their order. RankFailure names those that have not come in time, also to those that have.
+        InputError: there may not be so many connections.
 
         ended: what has ended meanwhile of those that were started from here, if anything. name: of a rank in messages.
         """
+        allow_files(ranks)
         found: dict[int, Arrival] = {}
         end = time.monotonic() + timeout
-        callers: set[socket.socket] = set()  # that have said nothing yet: they hold up nobody
+        # Of whom nobody knows yet who they are. All are heard side by side: whatever they say, they hold up nobody.
+        callers: set[socket.socket] = set()
         try:
             with selectors.DefaultSelector() as selector:
-                selector.register(self._socket, selectors.EVENT_READ)
+                selector.register(self._socket, selectors.EVENT_READ, None)
                 while len(found) < ranks:
                     left = end - time.monotonic()
                     problem = ended() or (_absent(ranks, found, timeout, name, self) if left <= 0 else None)
                     for event, _ in [] if problem else selector.select(min(left, RETRY)):
-                        connection = event.fileobj
+                        connection, first = event.fileobj, event.data
                         assert isinstance(connection, socket.socket)
-                        if connection is self._socket:
+                        if first is None:
                             caller, _ = connection.accept()
                             callers.add(caller)
-                            selector.register(caller, selectors.EVENT_READ)
+                            selector.register(
+                                caller, selectors.EVENT_READ, FirstMessage(caller, FIRST_MESSAGE)
+                            )
+                            continue
+                        if first.comes():
                             continue
                         selector.unregister(connection)
                         callers.discard(connection)
-                        arrival = self._hear(connection)
+                        arrival = self._who(connection, first)
                         if isinstance(arrival, str):
                             problem = arrival
                         elif arrival is not None and arrival.rank < ranks and arrival.rank not in found:
@@ -101,20 +108,17 @@ class Reception:
     def close(self) -> None:
         self._socket.close()
 
-    def _hear(self, connection: socket.socket) -> Arrival | str | None:
-        """Who calls; None for a stranger, a message for a rank that does not fit to this driver."""
-        channel = Channel(connection, FIRST_MESSAGE)
+    def _who(self, connection: socket.socket, first: FirstMessage) -> Arrival | str | None:
+        """Who has called; None for a stranger, a message for a rank that does not fit to this driver."""
         try:
-            channel.bound_receiving(PATIENCE)
-            hello = channel.receive()
-            channel.bound_receiving(0.0)
+            hello = first.content()
             if not secrets.compare_digest(str(hello["token"]), self.token):
                 raise ValueError("a wrong token")
             rank, host, pid, theirs = hello["rank"], hello["host"], hello["pid"], hello["software"]
-        except (ChannelClosed, ValueError, KeyError, TypeError):
-            channel.close()
+        except (ValueError, KeyError, TypeError):
+            connection.close()
             return None
-        arrival = Arrival(rank, host, pid, channel)
+        arrival = Arrival(rank, host, pid, Channel(connection))
         if theirs != (ours := software()):
             why = (
                 f"rank {rank} on {host} runs {_listed(theirs)}, the driver on {socket.gethostname()} {_listed(ours)}; "
@@ -122,7 +126,6 @@ class Reception:
             )
             dismiss([arrival], why)
             return why
-        channel.limit = MAX_MESSAGE
         return arrival
 
 

@@ -16,6 +16,8 @@ from expertmesh.launch.store import LOOK, Store
 from expertmesh.launch.torchrun import own_address
 
 VERDICT, LEFT, COUNT = "roll/verdict", "roll/left", "roll/count"
+BEAT = 0.5  # seconds between two signs of life of a machine that waits
+GONE = 5.0  # seconds without one after which it is not counted, until there is another
 LINGER = 2.0  # seconds that a store stays where the machines that have come may not have read why it ends
 
 
@@ -29,8 +31,31 @@ class Machine:
     cards: int
     software: dict[str, str]
 
+    @staticmethod
+    def read(said: str | None) -> "Machine":
+        """InputError where that is not what a machine says."""
+        try:
+            found = json.loads(said or "")
+            if {name: type(value) for name, value in found.items()} != SAYS:
+                raise ValueError
+            ipaddress.ip_address(found["address"])
+        except (AttributeError, ValueError):
+            raise InputError(
+                f"a machine has come that says {said!r:.300}, which this expertmesh does not understand: install the "
+                "same on all machines"
+            ) from None
+        return Machine(**found)
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """What no two machines have in common: there is one line on each."""
+        return self.host, self.address
+
     def __str__(self) -> str:
         return f"{self.host} ({self.address})"
+
+
+SAYS = {"host": str, "address": str, "nodes": int, "cards": int, "software": dict}
 
 
 @dataclass(frozen=True)
@@ -77,19 +102,24 @@ class Rendezvous:
         number = store.add(COUNT, 1)
         store.set(_key(number), json.dumps(asdict(mine)))
         verdict = (
-            _preside(store, number, mine, str(self), timeout) if hosts else _listen(store, str(self), timeout)
+            _preside(store, number, mine, str(self), timeout)
+            if hosts
+            else _listen(store, number, str(self), timeout)
         )
         if "order" not in verdict:
             store.add(LEFT, 1)
             if hosts:
                 _linger(store)
             raise (InputError if verdict["wrong"] else RankFailure)(verdict["because"])
+        machines = [Machine.read(store.find(_key(each))) for each in verdict["order"]]
         if number not in verdict["order"]:
+            if mine.place in [machine.place for machine in machines]:
+                raise InputError(
+                    f"the line for {self} was started once more on {mine}, and that one counts: one on each machine"
+                )
             raise InputError(
-                f"--nodes {nodes}, and as many are at {self}: {_listed(_machines(store, verdict['order']))}; "
-                f"{mine} is one more"
+                f"--nodes {nodes}, and as many are at {self}: {_listed(machines)}; {mine} is one more"
             )
-        machines = _machines(store, verdict["order"])
         return Roll(verdict["order"].index(number), machines, verdict["run"], store)
 
     def _is_here(self, nodes: int) -> bool:
@@ -109,12 +139,14 @@ class Rendezvous:
 def _preside(store: Store, own: int, mine: Machine, where: str, timeout: float) -> dict[str, Any]:
     """On the machine with the store: look who comes, and say what comes of it to all."""
     end = time.monotonic() + timeout
-    came = {own: mine}
+    attendance = _Attendance(store, own, mine)
     verdict: dict[str, Any] = {}
     while not verdict:
-        for number in range(1, store.add(COUNT, 0) + 1):
-            if number not in came and (said := store.find(_key(number))) is not None:
-                came[number] = Machine(**json.loads(said))
+        try:
+            came = attendance.look()
+        except InputError as error:
+            verdict = {"because": str(error), "wrong": True}
+            break
         if differing := [text for machine in came.values() if (text := _difference(mine, machine))]:
             verdict = {"because": differing[0], "wrong": True}
         elif len(came) >= mine.nodes:
@@ -133,13 +165,44 @@ def _preside(store: Store, own: int, mine: Machine, where: str, timeout: float) 
     return verdict
 
 
-def _listen(store: Store, where: str, timeout: float) -> dict[str, Any]:
+class _Attendance:
+    """Who is there, as who presides sees it: a line that was interrupted does not count, nor does it twice when it was
+    started again."""
+
+    def __init__(self, store: Store, own: int, mine: Machine) -> None:
+        self._store, self._own = store, own
+        self._came = {own: mine}
+        # Of each how many signs of life have been seen, and when the last one was.
+        self._beats: dict[int, tuple[int, float]] = {}
+
+    def look(self) -> dict[int, Machine]:
+        """Their numbers. InputError where one says what cannot be understood."""
+        store, now = self._store, time.monotonic()
+        for number in range(1, store.add(COUNT, 0) + 1):
+            if number not in self._came and (said := store.find(_key(number))) is not None:
+                self._came[number] = Machine.read(said)
+            beats = store.add(_beats(number), 0)
+            if self._beats.get(number, (-1, now))[0] != beats:
+                self._beats[number] = beats, now
+        # Of the same place the last one, but for this one itself.
+        last = {machine.place: number for number, machine in sorted(self._came.items())}
+        last[self._came[self._own].place] = self._own
+        return {
+            number: self._came[number]
+            for number in last.values()
+            if number == self._own or now - self._beats[number][1] < GONE
+        }
+
+
+def _listen(store: Store, number: int, where: str, timeout: float) -> dict[str, Any]:
     """On any other machine. Who presides may have come later than this one, but not before it could be reached."""
-    text = store.wait([VERDICT], 2 * timeout)
-    if text is None:
-        raise RankFailure(
-            f"{socket.gethostname()} waited {2 * timeout:g} s at {where}, and nobody said for what"
-        )
+    end = time.monotonic() + 2 * timeout
+    while (text := store.wait([VERDICT], BEAT)) is None:
+        if time.monotonic() > end:
+            raise RankFailure(
+                f"{socket.gethostname()} waited {2 * timeout:g} s at {where}, and nobody said for what"
+            )
+        store.add(_beats(number), 1)
     verdict: dict[str, Any] = json.loads(text)
     return verdict
 
@@ -166,16 +229,16 @@ def _difference(one: Machine, other: Machine) -> str | None:
     return None
 
 
-def _machines(store: Store, numbers: Iterable[int]) -> list[Machine]:
-    return [Machine(**json.loads(store.find(_key(number)) or "{}")) for number in numbers]
-
-
 def _listed(machines: Iterable[Machine]) -> str:
     return ", ".join(map(str, machines))
 
 
 def _key(number: int) -> str:
     return f"roll/{number}"
+
+
+def _beats(number: int) -> str:
+    return f"roll/{number}/beats"
 
 
 def _is_loopback_itself(host: str) -> bool:

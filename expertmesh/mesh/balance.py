@@ -152,7 +152,7 @@ def _mend(slots_RS: Ints, room_R: Ints, goal: Goal, objective: Objective, seeds:
     )
     stages = [(by_shares, move, TRIES) for move in MOVES]
     # Where experts are few or large, even shares may never be level; the split may be.
-    stages += [(goal, move, objective.tries) for move in MOVES[-FINE:]]
+    stages += [(goal, move, objective.tries // FINE) for move in MOVES[-FINE:]]
     for aim, move, tries in stages:
         if _highest(slots_RS, goal.shares_E) <= 1 + ENOUGH:
             break
@@ -196,7 +196,7 @@ def _fit(old_RS: Ints, shares_E: Floats, room_R: Ints) -> Ints:
         goal[np.argmax(np.where(goal < len(room_R), shares_E / goal, -1.0))] += 1
     while goal.sum() > total:
         goal[np.argmin(np.where(goal > 1, shares_E / goal, np.inf))] -= 1
-    for expert in np.flatnonzero(counts_E > goal).tolist():
+    for expert in np.repeat(np.arange(len(goal)), np.maximum(counts_E - goal, 0)).tolist():
         next(own for own in lists if expert in own).remove(expert)
     return pack(shares_E + 1e-9, goal, room_R, lists)
 

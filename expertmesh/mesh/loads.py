@@ -24,7 +24,7 @@ class Loads:
     (0: up to the last of `layers`). tokens_LTK: each token's expert ids where these were recorded, -1 for none, with
     the same layers. groups: routing groups of the model, where known.
 
-    InputError for loads that are negative, not finite, all zero, of a wrong shape or no numbers.
+    InputError for loads that are negative, not finite, all zero in a layer, of a wrong shape or no numbers.
     """
 
     counts_WLE: NDArray[Any]
@@ -43,6 +43,8 @@ class Loads:
             raise InputError(f"loads: weights of windows must be numbers above 0, {MOST:.0e} at most")
         if layers != len(self.layers) or len(set(self.layers)) != layers or min(self.layers) < 0:
             raise InputError(f"loads: {list(self.layers)} do not name the rows of {layers} layers")
+        if not (some := counts.any(axis=(0, 2))).all():
+            raise InputError(f"loads: layer {self.layers[int(np.argmin(some))]} has none; leave it out")
         rows = self.rows or max(self.layers) + 1
         if rows <= max(self.layers):
             raise InputError(f"loads: layer {max(self.layers)} is not among {rows} rows")

@@ -257,14 +257,16 @@ class _Plain:
             if not queue:
                 return tight
             reached: dict[int, tuple[int, int] | None] = dict.fromkeys(queue)
-            sink = self._search(queue, reached, level)
+            sink = self._search(queue, reached, level, settled)
             if sink is not None:
                 self._augment(reached, level, sink)
                 continue
             level = max(level + 1, -(-sum(self.load[r] for r in queue) // len(queue)))
             tight = set(queue)
 
-    def _search(self, queue: list[int], reached: dict[int, tuple[int, int] | None], level: int) -> int | None:
+    def _search(
+        self, queue: list[int], reached: dict[int, tuple[int, int] | None], level: int, settled: set[int]
+    ) -> int | None:
         seen: set[int] = set()
         for rank in queue:  # grows meanwhile
             for p in range(rank * self.size, (rank + 1) * self.size):
@@ -274,7 +276,7 @@ class _Plain:
                 seen.add(expert)
                 for o in self.at[expert]:
                     other = o // self.size
-                    if other not in reached:
+                    if other not in reached and other not in settled:
                         reached[other] = (p, o)
                         if self.load[other] < level:
                             return other

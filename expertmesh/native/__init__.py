@@ -2,7 +2,7 @@
 
 A library is one source file with a C interface. It is built next to the source, in the folder that Python keeps its own
 compiled files in, or where that is not writable in the user's cache; its name says what it was made of, so that a
-changed source or compiler makes another one.
+changed source makes another one.
 """
 
 import ctypes
@@ -28,9 +28,26 @@ class NotBuilt(RuntimeError):
     """Why a library is not there, and what to do."""
 
 
-@functools.cache
 def library(name: str) -> ctypes.CDLL:
-    """Loads native/<name>.cpp, building it before where that has not been done. NotBuilt where it cannot be."""
+    """Loads native/<name>.cpp, building it before where that has not been done. NotBuilt where it cannot be; that is
+    found out once."""
+    found = _found(name)
+    if isinstance(found, NotBuilt):
+        raise found.with_traceback(None)
+    return found
+
+
+@functools.cache
+def _found(name: str) -> ctypes.CDLL | NotBuilt:
+    try:
+        return _load(name)
+    except NotBuilt as error:
+        return error
+    except OSError as error:  # a full disk; a file that another system has built
+        return NotBuilt(f"{name} cannot be built or loaded: {error}")
+
+
+def _load(name: str) -> ctypes.CDLL:
     source = SOURCES / f"{name}.cpp"
     compiler = next((path for path in map(shutil.which, COMPILERS) if path), None)
     stem = f"{name}-{_fingerprint(source)}-{platform.machine()}.so"

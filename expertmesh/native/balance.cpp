@@ -96,7 +96,7 @@ public:
                     from_[c] = -1;
                 }
             if (queue_.empty()) return level;
-            int sink = search(slots, flow, level);
+            int sink = search(slots, flow, level, settled);
             if (sink >= 0) {
                 augment(slots, flow, level, sink);
                 continue;
@@ -127,7 +127,7 @@ public:
     }
 
 private:
-    int search(const Slots& slots, const Flow& flow, Load level) {
+    int search(const Slots& slots, const Flow& flow, Load level, const vector<uint8_t>* settled) {
         for (size_t i = 0; i < queue_.size(); i++) {
             int c = queue_[i];
             for (int p = slots.first[c]; p < slots.first[c + 1]; p++) {
@@ -136,7 +136,7 @@ private:
                 seen_[e] = 1;
                 for (int o : slots.at[e]) {
                     int d = slots.card[o];
-                    if (from_[d] != -2) continue;
+                    if (from_[d] != -2 || (settled && (*settled)[d])) continue;
                     from_[d] = p;
                     into_[d] = o;
                     if (flow.card[d] < level) return d;
@@ -322,8 +322,8 @@ public:
     void run(int64_t tries, double heat) {
         double temperature = heat, cooling = std::pow(1e-3, 1024.0 / double(std::max<int64_t>(tries, 1024)));
         for (int64_t i = 0; i < tries; i++) {
-            if (i % 1024 == 1023) {
-                temperature *= cooling;
+            if (i % 1024 == 0) {
+                if (i) temperature *= cooling;
                 if (goal_.enough >= 0 && highest() <= 1 + goal_.enough) return;
             }
             Move move;

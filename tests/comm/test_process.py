@@ -8,8 +8,10 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor
 from expertmesh import Topology
 from expertmesh.comm.base import PURPOSES, Comm, CommError, Transfer
 from expertmesh.comm.meeting import HELLO, Listener, Place
-from expertmesh.comm.process import HEADER, SMALL, STAGE, ProcessComm
+from expertmesh.comm.process import HEADER, INLINE, SMALL, STAGE, ProcessComm
 from tests.support.worlds import SocketWorld
 
 pytestmark = pytest.mark.timeout(300)
@@ -260,6 +262,66 @@ def test_where_a_rank_waits() -> None:
 
     said = SocketWorld(Topology(1, 2), 60).run(program)[1]
     assert said is not None and said.startswith("waits in attention for rank 1 for ")
+
+
+@contextmanager
+def one_with_a_raw_peer(timeout: float) -> Iterator[tuple[ProcessComm, socket.socket]]:
+    """Rank 0 of two nodes; the test itself is rank 1, and says what it likes."""
+    listener, token = Listener("127.0.0.1"), secrets.token_bytes(16)
+    with socket.create_connection((listener.place.address, listener.place.port)) as peer:
+        peer.sendall(HELLO.pack(token, 1))
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        comm = ProcessComm(
+            Topology(2, 1), 0, listener, {1: Place("far", "127.0.0.1", 1, "")}, token, timeout, timeout
+        )
+        try:
+            yield comm, peer
+        finally:
+            comm.close()
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_a_long_part_that_is_on_its_way_shows() -> None:
+    """Its receiver wakes when all of it is there; who looks meanwhile sees that it comes. What is sent shows too."""
+    size, came = 1 << 20, list[Tensor]()
+    frame = HEADER.pack(0, 0, 0, INLINE, size, 0) + PATTERN[:size].numpy().tobytes()
+    with one_with_a_raw_peer(60) as (comm, peer):
+
+        def receive() -> None:
+            came.extend(comm.exchange("dispatch", (0, 1), [PATTERN[:9]] * 2))
+
+        def shows(count: int) -> bool:
+            return comm.waits() == [HEADER.size + 9 + count, [1]]
+
+        thread = threading.Thread(target=receive)
+        thread.start()
+        for start, end in pairwise((0, 0, HEADER.size, 100, 1000, 200_000)):
+            peer.sendall(frame[start:end])
+            wait_until(partial(shows, end))
+        peer.sendall(frame[200_000:])
+        thread.join()
+    assert torch.equal(came[1], PATTERN[:size]) and comm.waits() is None
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_helper_that_fails_is_the_failure_of_its_rank(waits: bool) -> None:
+    """Whether the rank waits for what the helper moves, or comes to the end of what is helped."""
+    with one_with_a_raw_peer(20) as (comm, peer):
+        with pytest.raises(RuntimeError, match="memory"), comm.helped():
+            transfer = comm.start("dispatch", (0, 1), [PATTERN[:0], torch.cat([PATTERN] * 4)])
+            peer.sendall(HEADER.pack(0, 0, 0, INLINE, 1 << 60, 0))  # more than any machine has
+            if waits:
+                transfer.wait()
+            else:
+                wait_until(lambda: all(thread.name != "helper" for thread in threading.enumerate()))
+        with pytest.raises(RuntimeError, match="memory"), comm.helped():
+            comm.start("dispatch", (0, 1), [PATTERN[:0], PATTERN])
 
 
 def test_thousands_of_exchanges_take_no_more_than_a_few() -> None:

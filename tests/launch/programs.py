@@ -94,6 +94,8 @@ def obey(spec: dict[str, Any], channel: Channel) -> None:
             case "half":
                 os.write(channel.fileno(), b"\0\0\1\0half a message")
                 os.kill(os.getpid(), message["end"])
+            case "nonsense":
+                channel.send(message["word"])
             case "unsayable":
                 return object()
         return None

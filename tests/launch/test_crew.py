@@ -155,6 +155,16 @@ def test_where_all_suspect_each_other_the_first_is_named(make: Make, monkeypatch
     assert failure(make(1, 2), seen) == "rank 0 (node 0, card 0) could not go on in step 7: is 0"
 
 
+def test_a_rank_that_is_asked_for_more_after_it_has_failed_waits_for_its_end(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "GRACE", 1.0)
+    crew = make(1, 2)
+    crew.members[0].channel.send({"do": "witness", "word": "was told to end", "suspects": []})
+    said = failure(crew, [ECHO, ECHO | {"after": 60}])
+    assert said == "rank 0 (node 0, card 0) could not go on in step 7: was told to end"
+
+
 @pytest.mark.parametrize("when", ["idle", "asked"])
 @pytest.mark.parametrize(
     ("cluster", "stopped", "more"),
@@ -198,16 +208,38 @@ def test_silent_ranks(
     [
         (signal.SIGSTOP, "does not answer any more in step 7"),
         (signal.SIGKILL, "died in step 7: killed by signal 9 (SIGKILL)"),
+        (40, "died in step 7: killed by signal 40"),  # a real-time signal: it has no name
     ],
 )
 def test_a_rank_that_ends_in_the_middle_of_an_answer(
-    end: signal.Signals, how: str, make: Make, monkeypatch: pytest.MonkeyPatch
+    end: int, how: str, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "GRACE", 0.3)
     crew = make(1, 2, timeout=1.0)
     assert failure(crew, [ECHO, {"do": "half", "end": end}]) == (
         f"rank 1 (node 0, card 1) {how}, process {crew.members[1].pid}"
     )
+
+
+def test_while_a_rank_is_in_the_middle_of_an_answer_the_others_stay(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """They hear why all end, and do not leave before because they hear nothing."""
+    monkeypatch.setattr(module, "GRACE", 0.3)
+    with ForkServer(["expertmesh.launch.duty"]) as server:
+        crew = Crew(Apart((), server), OBEY, [{}] * 2, Topology(1, 2), 4.0)
+        crew.ask([ECHO] * 2)
+        said = failure(crew, [ECHO, {"do": "half", "end": signal.SIGSTOP}])
+        crew.close()
+    assert said.startswith("rank 1 (node 0, card 1) does not answer any more in step 7, process ")
+    assert re.findall(" ends: (.*)", capfd.readouterr().err) == [crew.failure]
+
+
+def test_what_nobody_expects_of_a_rank_ends_all(make: Make) -> None:
+    crew, told = make(1, 2), threading.Event()
+    crew.on_failure(lambda _: told.set())
+    said = failure(crew, [ECHO, {"do": "nonsense", "word": 5}])
+    assert said.startswith("the driver cannot go on in step 7: TypeError: ") and told.wait(LIMIT)
 
 
 def test_a_rank_that_dies_while_nothing_is_asked(make: Make) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
+from expertmesh.errors import RankFailure
 from expertmesh.launch.channel import ChannelClosed
 from expertmesh.launch.forkserver import ForkServer, Process
 
@@ -32,6 +33,20 @@ server = ForkServer()
 processes = server.start("tests.launch.programs:echo", [{}] * 8)
 print(server.pid, *(process.pid for process in processes), flush=True)
 threading.Event().wait()
+"""
+FORTY = """
+import resource, sys
+from expertmesh.launch.launcher import Here
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[2])))
+try:
+    launcher = Here(["expertmesh.launch.duty"])
+    members = launcher.start("tests.launch.programs:echo", [{}] * 40, 60.0)
+    for member in members:
+        member.channel.send("hello")
+    print(sum(member.channel.receive() == [None, "hello"] for member in members))
+    launcher.close()
+except Exception as error:
+    print(type(error).__name__, error)
 """
 
 
@@ -296,18 +311,32 @@ def test_a_spec_that_is_not_plain_data(start: Callable[..., list[Process]], serv
 
 
 @pytest.mark.parametrize("spare", [3, 20])
-def test_no_room_for_so_many(server: ForkServer, start: Callable[..., list[Process]], spare: int) -> None:
+def test_no_room_for_so_many(spare: int) -> None:
     """Too few descriptors for the channels, or for the channels and the processes: none is left half started."""
-    held = max(map(int, os.listdir(f"/proc/{server.pid}/fd")))
-    limits = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (held + 1 + spare, limits[1]))
-    try:
-        with pytest.raises(RuntimeError, match=r"the fork server started no processes: .*files"):
+    with ForkServer(["json"]) as server:
+        (first,) = server.start(ECHO, [{}])
+        held = max(map(int, os.listdir(f"/proc/{server.pid}/fd")))
+        resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (held + 1 + spare,) * 2)
+        with pytest.raises(RankFailure, match=r"the fork server started no processes: .*files"):
             server.start(ECHO, [{}] * 16)
-    finally:
-        resource.prlimit(server.pid, resource.RLIMIT_NOFILE, limits)
-    assert not psutil.Process(server.pid).children()
-    assert [ask(process, 1) for process in start(ECHO, [{}] * 16)] == [[None, 1]] * 16
+        assert [child.pid for child in psutil.Process(server.pid).children()] == [first.pid]
+        assert [ask(process, 1) for process in server.start(ECHO, [{}])] == [[None, 1]]
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "said"),
+    [
+        (64, 4096, "40\n"),
+        (64, 100, r"InputError 11\d files have to be open at once .* may open 100: .*\n"),
+        (16, 16, r"InputError 3\d files have to be open .*\n"),
+    ],
+)  # fmt: skip
+def test_how_many_files_may_be_open(soft: int, hard: int, said: str) -> None:
+    """As many as are needed, where the system allows that."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", FORTY, str(soft), str(hard)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert re.fullmatch(said, done.stdout) and not done.stderr, done
 
 
 def test_the_server_is_killed(start: Callable[..., list[Process]]) -> None:
@@ -323,7 +352,7 @@ def test_the_server_is_killed(start: Callable[..., list[Process]]) -> None:
             receive(others[0])
         assert {process.wait(LIMIT) for process in others} == {-signal.SIGKILL} and ended.poll() == 0
         others[0].kill()
-        with pytest.raises(RuntimeError, match="started no processes: it ended with status -9"):
+        with pytest.raises(RankFailure, match="started no processes: it ended with status -9"):
             server.start(ECHO, [{}])
     assert children() == before
 
@@ -332,7 +361,7 @@ def test_the_server_cannot_start(capfd: pytest.CaptureFixture[str]) -> None:
     before = children()
     with ForkServer(preload=["no_such_module_anywhere"]) as server:
         for _ in range(2):
-            with pytest.raises(RuntimeError, match="ModuleNotFoundError: No module named 'no_such_module"):
+            with pytest.raises(RankFailure, match="ModuleNotFoundError: No module named 'no_such_module"):
                 server.start(ECHO, [{}])
     assert children() == before
     assert "Traceback" in capfd.readouterr().err
@@ -362,7 +391,7 @@ def test_close_leaves_nothing() -> None:
     assert len(os.listdir("/proc/self/fd")) == opened
     assert [process.poll() for process in processes] == [-signal.SIGKILL] * 8 + [5]
     server.close()
-    with pytest.raises(RuntimeError, match="started no processes: it is closed"):
+    with pytest.raises(RankFailure, match="started no processes: it is closed"):
         server.start(ECHO, [{}])
 
 

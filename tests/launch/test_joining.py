@@ -98,6 +98,30 @@ def test_strangers_hold_up_nobody(reception: Reception, come: Callable[..., Chan
             heard(wrong)
 
 
+def test_a_stranger_that_never_comes_to_an_end_holds_up_nobody(
+    reception: Reception, come: Callable[..., Channel]
+) -> None:
+    """It says one more letter again and again, for longer than the others have time to come."""
+    there = threading.Event()
+    with socket.create_connection((reception.address, reception.port)) as caller:
+        caller.sendall(HEADER.pack(4000) + b"x")
+
+        def drip() -> None:
+            for _ in range(100):
+                if there.wait(0.3):
+                    return
+                caller.sendall(b"x")
+
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        for rank in range(2):
+            come(rank)
+        for arrival in receive(reception, 2, timeout=20):
+            arrival.channel.close()
+        there.set()
+        dripping.join()
+
+
 def test_of_two_of_the_same_rank_the_first_one_stays(
     reception: Reception, come: Callable[[int], Channel]
 ) -> None:

@@ -130,3 +130,8 @@ def test_what_a_cluster_can_hold() -> None:
     for redundant, message in ((10, "can use 9 at most"), (-1, "at least 0")):
         with pytest.raises(InputError, match=message):
             check_fit(loads, Topology(2, 2), redundant)
+
+
+def test_a_layer_without_load_is_none() -> None:
+    with pytest.raises(InputError, match="layer 0 has none; leave it out"):
+        Loads(COUNTS, np.ones(2), (0, 1, 2))
