@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from expertmesh.bench.engine import PREFILL
 from expertmesh.bench.plain import write_plain_copy
-from expertmesh.commands.bench_balance import add_balance
+from expertmesh.commands.bench_balance import add_balance, add_rebalance
 from expertmesh.commands.bench_cluster import add_exchange, add_overlap, add_transport
 from expertmesh.commands.cluster import add_cluster, given_cluster, given_topology
 from expertmesh.config import EngineConfig, ModelConfig
@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_cluster(engine, machines=False)
     engine.set_defaults(measure=bench_engine, table=_engine_table)
     add_balance(subparsers)
+    add_rebalance(subparsers)
     add_exchange(subparsers)
     add_overlap(subparsers)
     add_transport(subparsers)

@@ -16,6 +16,7 @@ from expertmesh.bench.balance import (
     demo_loads,
     synthetic,
 )
+from expertmesh.bench.rebalance import Model, Traffic, bench_rebalance
 from expertmesh.commands.options import PROMPTS
 from expertmesh.errors import InputError
 from expertmesh.mesh.loads import Loads, check_fit
@@ -40,6 +41,63 @@ def add_balance(subparsers: Any) -> None:
     )
     add("--json", action="store_true", help="print JSON, and nothing else")
     parser.set_defaults(measure=_measure, table=_table)
+
+
+TRAFFIC_OPTIONS = {
+    "nodes": "nodes of the cluster",
+    "cards": "cards of each node",
+    "redundant": "slots of a layer for replicas",
+    "rows": "tokens of each card in a step",
+    "steps": "steps of each of the six mixes of domains",
+    "every": "steps between looks at the loads",
+    "seed": "of the tokens that are drawn",
+}
+CARD_OPTIONS = {
+    "row": "seconds that a card computes a row of an expert",
+    "expert": "seconds in which a card takes an expert",
+    "counts": "seconds of a layer's exchange of counts",
+}
+
+
+def add_rebalance(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "rebalance",
+        help="throughput while domains come and go: the demo model's routing, cards' time modelled",
+    )
+    for kind, options in ((Traffic, TRAFFIC_OPTIONS), (Model, CARD_OPTIONS)):
+        for field, text in options.items():
+            default = kind.__dataclass_fields__[field].default
+            parser.add_argument(
+                f"--{field}",
+                type=type(default),
+                default=default,
+                metavar="N",
+                help=f"{text} (default: {default})",
+            )
+    parser.add_argument("--json", action="store_true", help="print JSON, and nothing else")
+    parser.set_defaults(measure=_rebalance, table=_rebalance_table)
+
+
+def _rebalance(args: argparse.Namespace) -> dict[str, Any]:
+    for name in (*TRAFFIC_OPTIONS, *CARD_OPTIONS):
+        if getattr(args, name) < (0 if name in ("redundant", "seed", *CARD_OPTIONS) else 1):
+            raise InputError(f"--{name} {getattr(args, name)} is too small")
+    traffic = Traffic(**{name: getattr(args, name) for name in TRAFFIC_OPTIONS})
+    return bench_rebalance(traffic, Model(**{name: getattr(args, name) for name in CARD_OPTIONS}))
+
+
+def _rebalance_table(report: dict[str, Any]) -> str:
+    head = ("max/mean", "computing", "moving", "counting", "throughput", "moved", "wall, s")
+    lines = [
+        f"{report['steps']} steps of {report['rows_per_card']} tokens a card, {report['layers']} layers; seconds as "
+        "modelled",
+        f"{'':28}" + "".join(f"{name:>11}" for name in head),
+    ]
+    for way in report["ways"]:
+        values = [way[k] for k in ("max_over_mean", "computing", "moving", "counting", "throughput")]
+        numbers = "".join(f"{value:11.3f}" for value in values)
+        lines.append(f"{way['name']:28}{numbers}{way['moved']:11,}{way['wall_seconds']:11.1f}")
+    return "\n".join(lines)
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
