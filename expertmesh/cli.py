@@ -11,7 +11,7 @@ COMMANDS = {
     "chat": "talk with a model in the terminal",
     "serve": "serve the OpenAI API",
     "demo": "let the demo model write in each of its domains",
-    "bench": "measure: `bench engine`, `exchange`, `overlap`, `transport`, `balance` or `rebalance`",
+    "bench": "measure speed, memory, traffic and balance",
     "memory": "static memory of a rank by kind, for one layout or several",
     "balance": "place experts on cards by recorded loads",
     "emulate": "run a command on a cluster of machines emulated on this one",
