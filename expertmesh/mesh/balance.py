@@ -49,7 +49,7 @@ OBJECTIVES = {
 }
 ENOUGH = 0.045  # an old placement is left alone once no card is further above the mean
 TRIES = 100_000
-FINE = 3
+WORTH = 0.1  # of the mean: what the fullest card has to gain for moving all slots
 MOVES = tuple(
     0.128 * 0.6**i for i in range(10)
 )  # what a moved slot has to be worth, in turn, see `search.Goal`
@@ -127,37 +127,71 @@ def _layer(
         topology.nodes, tokens_TK, objective.copies,
     )  # fmt: skip
     seeds = (int(number) for number in rng.integers(1 << 62, size=16))
-    if old_RS is not None:
-        goal = replace(goal, old_RS=old_RS, budget=budget, enough=ENOUGH)
-        return _mend(_fit(old_RS, shares_E, room_R), room_R, goal, objective, seeds)
-    counts_E = replicate((shares_E + 1e-6) ** objective.greed, int(room_R.sum()), topology.ranks)
-    slots_RS = pack(shares_E, counts_E, room_R)
+    if old_RS is None:
+        return _fresh(goal, room_R, objective, tokens_TK, seeds)
+    goal = replace(goal, old_RS=old_RS, budget=budget, enough=ENOUGH)
+    mended_RS = _mend(_fit(old_RS, shares_E, room_R), room_R, goal, seeds)
+    if budget is not None or _highest(mended_RS, shares_E) <= 1 + ENOUGH:
+        return mended_RS
+    # Small changes do not get there.
+    fresh_RS = _aligned(_fresh(goal, room_R, objective, None, seeds), old_RS, room_R, len(shares_E))
+    gained = _value(mended_RS, goal, objective) - _value(fresh_RS, goal, objective)
+    more = _moved(fresh_RS, old_RS, len(shares_E)) - _moved(mended_RS, old_RS, len(shares_E))
+    return fresh_RS if gained > WORTH * more / room_R.sum() else mended_RS
+
+
+def _fresh(
+    goal: Goal, room_R: Ints, objective: Objective, tokens_TK: Ints | None, seeds: Iterator[int]
+) -> Ints:
+    goal = replace(goal, old_RS=None, budget=None, enough=None)
+    counts_E = replicate((goal.shares_E + 1e-6) ** objective.greed, int(room_R.sum()), len(room_R))
+    slots_RS = pack(goal.shares_E, counts_E, room_R)
     if not native.available("balance"):
         return slots_RS
     if tokens_TK is not None and objective.copies:  # where the search weighs copies, it gets a good start
-        slots_RS = arrange(slots_RS, room_R, topology.nodes, tokens_TK, next(seeds))
+        slots_RS = arrange(slots_RS, room_R, goal.nodes, tokens_TK, next(seeds))
     slots_RS = improve(slots_RS, room_R, goal, objective.tries, objective.heat, next(seeds))
     if tokens_TK is not None and not objective.copies:
-        slots_RS = arrange(slots_RS, room_R, topology.nodes, tokens_TK, next(seeds))
+        slots_RS = arrange(slots_RS, room_R, goal.nodes, tokens_TK, next(seeds))
     return slots_RS
 
 
-def _mend(slots_RS: Ints, room_R: Ints, goal: Goal, objective: Objective, seeds: Iterator[int]) -> Ints:
+def _mend(slots_RS: Ints, room_R: Ints, goal: Goal, seeds: Iterator[int]) -> Ints:
     """The old placement, changed in few slots: first only where one makes much of a difference, then where less, until
     the cards are level enough."""
-    if not native.available("balance"):
-        return slots_RS
-    by_shares = Goal(
+    goal = Goal(
         goal.shares_E, even=3.0, slack=ENOUGH - 0.01, old_RS=goal.old_RS, budget=goal.budget, enough=ENOUGH
     )
-    stages = [(by_shares, move, TRIES) for move in MOVES]
-    # Where experts are few or large, even shares may never be level; the split may be.
-    stages += [(goal, move, objective.tries // FINE) for move in MOVES[-FINE:]]
-    for aim, move, tries in stages:
-        if _highest(slots_RS, goal.shares_E) <= 1 + ENOUGH:
+    for move in MOVES:
+        if not native.available("balance") or _highest(slots_RS, goal.shares_E) <= 1 + ENOUGH:
             break
-        slots_RS = improve(slots_RS, room_R, replace(aim, move=move), tries, 0.0, next(seeds))
+        slots_RS = improve(slots_RS, room_R, replace(goal, move=move), TRIES, 0.0, next(seeds))
     return slots_RS
+
+
+def _aligned(new_RS: Ints, old_RS: Ints, room_R: Ints, experts: int) -> Ints:
+    """The same cards on such ranks that have many of their experts already."""
+    shared_RR = held(new_RS, experts).astype(np.int64) @ held(old_RS, experts).astype(np.int64).T
+    shared_RR[room_R[:, None] != room_R] = -1
+    out = np.full_like(new_RS, EMPTY)
+    for place in np.argsort(-shared_RR, axis=None, kind="stable"):
+        card, rank = np.unravel_index(place, shared_RR.shape)
+        if shared_RR[card, rank] >= 0:
+            out[rank] = new_RS[card]
+            shared_RR[card], shared_RR[:, rank] = -1, -1
+    return out
+
+
+def _moved(new_RS: Ints, old_RS: Ints, experts: int) -> int:
+    return int((held(new_RS, experts) & ~held(old_RS, experts)).sum())
+
+
+def _value(slots_RS: Ints, goal: Goal, objective: Objective) -> float:
+    """The fullest card over the mean by the loads themselves: split, where the objective expects that."""
+    if not objective.scenarios:
+        return _highest(slots_RS, goal.shares_E)
+    loads_R = level(slots_RS, goal.shares_E[None])[0]
+    return float(loads_R.max() / loads_R.mean())
 
 
 def _highest(slots_RS: Ints, shares_E: Floats) -> float:
