@@ -265,8 +265,31 @@ def test_engine_option_that_is_no_count(name: str, value: Any) -> None:
 def test_other_wrong_engine_options() -> None:
     with pytest.raises(InputError, match="dtype 'int8'"):
         EngineConfig(dtype="int8")
+    for wrong in ("", "sometimes", "on", "even "):
+        with pytest.raises(InputError, match=f"split '{wrong}' is not one of auto, now, last, even"):
+            EngineConfig(split=wrong)
+    for wrong in (
+        "",
+        "on",
+        "every",
+        "every=",
+        "every=0",
+        "every=-3",
+        "every=1.5",
+        "every=4 ",
+        "every=" + 10 * "9",
+    ):
+        with pytest.raises(InputError, match=f"rebalance '{wrong}' is not one of auto, off, every=STEPS"):
+            EngineConfig(rebalance=wrong)
     with pytest.raises(InputError, match="max_batch_tokens 3 is less than max_batch_requests 4"):
         EngineConfig(max_batch_tokens=3, max_batch_requests=4)
+
+
+@pytest.mark.parametrize("split", ["auto", "now", "last", "even"])
+@pytest.mark.parametrize("rebalance", ["auto", "off", "every=1", "every=250", "every=999999999"])
+def test_ways_to_split_and_rebalance(split: str, rebalance: str) -> None:
+    config = EngineConfig(split=split, rebalance=rebalance)
+    assert (config.split, config.rebalance) == (split, rebalance)
 
 
 def test_official_configs_are_json_objects() -> None:

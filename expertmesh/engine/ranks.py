@@ -285,8 +285,8 @@ class ThreadRanks:
         return matched(moves, [runner.mover.checksums(moves) for runner in self.runners])
 
     def commit(self, moves: Sequence[Move], placement: Placement) -> None:
-        for runner in self.runners:
-            runner.mover.commit(moves, placement)
+        # As a step is: where one rank has it and another one has not, nothing right can be computed any more.
+        self._all([lambda runner: runner.mover.commit(moves, placement)] * self.layout.topology.ranks)
 
     def loads(self) -> dict[int, Tensor]:
         return sum_loads([r.loads.counts for r in self.runners])

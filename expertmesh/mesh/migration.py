@@ -38,8 +38,7 @@ class Round:
 
 def rounds(old: Placement, new: Placement, topology: Topology) -> list[Round]:
     """The moves from old to new, which have the same layers and slots a rank. What ranks keep stays in its slot. After
-    the last round each rank has the experts of `new`, maybe in other slots, and where there was room for them still
-    some of `old`."""
+    the last round each rank has the experts of `new`, maybe in other slots, in the layers that have changed."""
     layers = {
         layer: _Layer(old.slots_LRS[row], new.slots_LRS[new.row_of(layer)], new.experts)
         for row, layer in enumerate(old.layers)
@@ -57,7 +56,7 @@ def rounds(old: Placement, new: Placement, topology: Topology) -> list[Round]:
                 changed.add(number)
         if not moves:
             return out
-        out.append(Round(tuple(moves), {number: layers[number].slots_RS.copy() for number in changed}))
+        out.append(Round(tuple(moves), {number: layers[number].result() for number in changed}))
 
 
 def _move(layer: int, slots_RS: Ints, rank: int, slot: int, expert: int, topology: Topology) -> Move:
@@ -83,6 +82,15 @@ class _Layer:
         self._missing = [
             sorted(want - set(have.tolist())) for want, have in zip(self._wanted, start_RS, strict=True)
         ]
+
+    def result(self) -> Ints:
+        """Slots after a round. When all has come, what nobody wants any more goes: its share of rows was planned for
+        other ranks."""
+        out_RS = self.slots_RS.copy()
+        if not any(self._missing):
+            for slots, want in zip(out_RS, self._wanted, strict=True):
+                slots[~np.isin(slots, sorted(want))] = EMPTY
+        return out_RS
 
     def chain(self, busy: set[int]) -> list[tuple[int, int, int]] | None:
         """A chain of (rank, slot, expert that it takes) on ranks that are not busy, which has been entered here; None

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertmesh.engine.plan import LATE, MOST_PIECES, PIECE, Plan, Planner, cut, pieces_of
+from expertmesh.engine.plan import LATE, MOST_PIECES, PIECE, TRIALS, Plan, Planner, cut, pieces_of
 from expertmesh.request import Batch, Slice
 from tests.support.fake import request_of
 
@@ -155,3 +155,64 @@ def test_auto_knows_steps_of_different_size_apart(seed: int, fixed: float) -> No
         some = [batch for batch in steps if (batch.rows > 64) == (size == 64)]
         lost, _ = run(planner, some, seconds)
         assert lost < 1.04
+
+
+# --- Several ways to share rows out to replicas
+
+
+def ways_of(planner: Planner, steps: int, seconds: Callable[[Plan], float], rows: int = 64) -> list[Plan]:
+    """How each of so many steps was computed."""
+    found, several = [], [of_rows(rows)]
+    for _ in range(steps):
+        found.append(planner.plan(several, 1))
+        planner.took(several, found[-1], seconds(found[-1]))
+    return found
+
+
+@pytest.mark.parametrize("fastest", [(cut_, split) for cut_ in (1, 2) for split in ("last", "now", "even")])
+def test_every_way_is_tried_and_the_fastest_kept(fastest: tuple[int, str]) -> None:
+    def seconds(plan: Plan) -> float:
+        return 1.0 if (plan.micro_batches, plan.split) == fastest else 1.3
+
+    found = ways_of(Planner("auto", 1, True, ("last", "now", "even")), 4 * LATE, seconds)
+    ways = [(plan.micro_batches, plan.split) for plan in found]
+    tried = [(cut_, split) for split in ("last", "now", "even") for cut_ in (1, 2)]
+    assert set(ways[: TRIALS * len(tried)]) == set(tried)
+    assert all(ways[: TRIALS * len(tried)].count(way) == TRIALS for way in tried)
+    late = ways[-2 * LATE :]
+    assert late.count(fastest) > 0.95 * len(late)
+    # All the others are looked at again, not always the same.
+    assert set(ways[TRIALS * len(tried) :]) == set(tried)
+
+
+@given(st.floats(1.2, 1.7), st.integers(0, 2**32), st.booleans())
+def test_a_split_that_becomes_the_faster_one_is_found(ratio: float, seed: int, on: bool) -> None:
+    rng, count, steps = random.Random(seed), 6 * LATE, 0
+    planner = Planner("on" if on else "off", 1, True, ("last", "now"))
+
+    def seconds(plan: Plan) -> float:
+        nonlocal steps
+        steps += 1
+        slow = "now" if steps <= count else "last"
+        return disturbed(rng) * (ratio if plan.split == slow else 1.0)
+
+    found = ways_of(planner, 2 * count, seconds)
+    assert {plan.micro_batches for plan in found} == {2 if on else 1}
+    for part, split in ((found[:count], "last"), (found[count:], "now")):
+        late = [plan.split for plan in part[-2 * LATE :]]
+        assert late.count(split) > 0.9 * len(late)
+
+
+@pytest.mark.parametrize("split", ["even", "now", "last"])
+@pytest.mark.parametrize(
+    ("mode", "wire", "rows"), [("off", True, 64), ("on", True, 64), ("auto", False, 64), ("auto", True, 1)]
+)
+def test_with_one_split_and_one_cut_nothing_is_tried(split: str, mode: str, wire: bool, rows: int) -> None:
+    found = ways_of(Planner(mode, 1, wire, (split,)), 3 * LATE, lambda _: 1.0, rows)
+    assert set(found) == {found[0]} and found[0].split == split
+    assert found[0].micro_batches == (2 if mode == "on" else 1)
+
+
+def test_a_step_of_one_row_tries_splits_alone() -> None:
+    found = ways_of(Planner("auto", 1, True, ("last", "now")), LATE, lambda _: 1.0, rows=1)
+    assert {(plan.micro_batches, plan.split) for plan in found} == {(1, "last"), (1, "now")}
