@@ -240,3 +240,18 @@ def test_files_that_do_not_go_together(
 def _saved(folder: Path, text: str) -> Path:
     (folder / "plan.json").write_text(text)
     return folder / "plan.json"
+
+
+def test_loads_that_generate_writes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Eight experts of each row and layer, under the model's own layers."""
+    path = tmp_path / "loads.json"
+    assert (
+        main(["generate", "-p", "Once upon", "--max-tokens", "4", "--ignore-eos", "--loads", str(path)]) == 0
+    )
+    capsys.readouterr()
+    assert main(["balance", str(path), "--nodes", "2", "--cards", "2", "--redundant", "8", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [row["layer"] for row in report["layers"]] == [1, 2, 3, 4]
+    assert len(report["placement"]) == 5 and {e for card in report["placement"][0] for e in card} == {-1}
+    assert main(["generate", "-p", "x", "--loads", str(tmp_path / "no" / "loads.json")]) == 2
+    assert "there is no folder" in capsys.readouterr().err

@@ -4,12 +4,17 @@ import argparse
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
-from expertmesh.commands.loading import add_model, describe_traffic, load_llm
+import torch
+
+from expertmesh.balancer.formats import loads_document
+from expertmesh.commands.loading import add_model, describe_balance, describe_traffic, load_llm
 from expertmesh.commands.options import add_sampling, given_sampling
 from expertmesh.errors import InputError
 from expertmesh.llm import LLM, Prompt
+from expertmesh.mesh.loads import Loads
 from expertmesh.request import Output, SamplingParams
 
 
@@ -28,11 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print a list of outputs as JSON, and nothing else"
     )
+    parser.add_argument(
+        "--loads", metavar="FILE", help="write how many rows each expert got, for `expertmesh balance`"
+    )
     add_sampling(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     prompts, sampling = _prompts(args), given_sampling(args)
+    if args.loads and not Path(args.loads).absolute().parent.is_dir():
+        raise InputError(f"--loads {args.loads}: there is no folder {Path(args.loads).parent} to write it to")
     with load_llm(args) as llm:
         _generate(llm, args, prompts, llm.default_params(**sampling))
     return 0
@@ -53,6 +63,24 @@ def _generate(llm: LLM, args: argparse.Namespace, prompts: list[Prompt], params:
     print(f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:.0f} tokens/s)", file=sys.stderr)
     if llm.engine.layout.topology.ranks > 1:
         print(describe_traffic(llm), file=sys.stderr)
+        if llm.engine.balancer is not None:
+            print(describe_balance(llm.engine.balancer), file=sys.stderr)
+    if args.loads:
+        _write_loads(llm, Path(args.loads))
+
+
+def _write_loads(llm: LLM, path: Path) -> None:
+    model, counts = llm.engine.model, llm.engine.ranks.loads()
+    if not counts:
+        raise InputError(f"--loads {path}: no row was routed to an expert; nothing is written")
+    counts_LE = torch.zeros(model.num_hidden_layers, model.n_routed_experts, dtype=torch.int64)
+    for layer, rows in counts.items():
+        counts_LE[layer] = rows
+    loads = Loads.of(counts_LE.numpy(), groups=model.n_group if model.n_group > 1 else None)
+    try:
+        path.write_text(json.dumps(loads_document(loads)))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def _prompts(args: argparse.Namespace) -> list[Prompt]:

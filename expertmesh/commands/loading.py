@@ -9,6 +9,7 @@ import torch
 from expertmesh.comm.base import PURPOSES
 from expertmesh.commands.cluster import CLUSTER_OPTIONS, add_cluster, given_topology, launching
 from expertmesh.commands.options import ENGINE_OPTIONS, add_options, given
+from expertmesh.engine.balancer import Balancer
 from expertmesh.engine.processes import PRELOAD, ProcessRanks, tell_standings
 from expertmesh.llm import LLM
 
@@ -95,6 +96,16 @@ def describe_memory(llm: LLM) -> str:
         f"MB a rank: weights {memory.weights / 1e6:.2f} ({kinds}), "
         f"cache {memory.cache / 1e6:.1f} ({tokens} tokens, a request up to {context})"
     )
+
+
+def describe_balance(balancer: Balancer) -> str:
+    """What the balancer has done so far, in a line."""
+    state = balancer.state
+    said = (
+        f"balance: fullest card {state.imbalance:.3f} of the mean; {state.plans} plans, {state.refused} that would not "
+        f"pay, {state.moved} experts moved in {state.swaps} rounds, {state.moved_bytes / 1e6:.1f} MB; {state.doing}"
+    )
+    return said + (f"; {state.failures} failures, last: {state.error}" if state.failures else "")
 
 
 def describe_traffic(llm: LLM) -> str:
