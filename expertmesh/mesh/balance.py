@@ -48,11 +48,9 @@ OBJECTIVES = {
     "local": Objective(even=3.0, slack=0.02, copies=0.3, tries=200_000, heat=1e-3),
 }
 ENOUGH = 0.045  # an old placement is left alone once no card is further above the mean
-TRIES = 100_000
+# What a moved slot has to be worth, in turn, see `search.Goal`; and the moves that are tried for each.
+MOVES, TRIES = tuple(0.128 * 0.6**i for i in range(10)), 100_000
 WORTH = 0.1  # of the mean: what the fullest card has to gain for moving all slots
-MOVES = tuple(
-    0.128 * 0.6**i for i in range(10)
-)  # what a moved slot has to be worth, in turn, see `search.Goal`
 TOKENS = 1024  # that locality is judged by
 MOST_NODES = 64  # for which it is looked at
 WINDOWS = 0.1  # weight of the recorded windows among the scenarios

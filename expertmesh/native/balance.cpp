@@ -452,7 +452,7 @@ private:
         double delta = fixed_cost() - before;
         bool kept = !(moves_ > goal_.budget && moves_ > moves_before);
         int done = 0;
-        if (kept && (delta <= allowed || flow_cost_ > 0)) {
+        if (kept && delta - flow_cost_ <= allowed) {  // else not even level scenarios would make up for it
             for (int i = goal_.scenarios - 1; i > 0; i--) std::swap(order_[i], order_[random_.below(i + 1)]);
             if (scenario >= 0) std::swap(order_[0], *std::find(order_.begin(), order_.end(), scenario));
             for (; done < goal_.scenarios && kept; done++) {
