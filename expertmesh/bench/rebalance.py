@@ -9,6 +9,7 @@ as long as its fullest card, `Model` says how long a row, a moved expert and an 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from expertmesh.mesh.layout import Layout
 from expertmesh.mesh.loads import Floats, Loads
 from expertmesh.mesh.migration import Move
 from expertmesh.mesh.placement import Ints, Placement, default_placement
-from expertmesh.mesh.search import held
+from expertmesh.mesh.search import even, taken
 from expertmesh.mesh.split import level
 from expertmesh.mesh.topology import Topology
 from expertmesh.mesh.traffic import algorithm
@@ -109,16 +110,17 @@ def bench_rebalance(traffic: Traffic, model: Model) -> dict[str, Any]:
             f"EPLB needs {experts} experts and the redundant slots to divide by {topology.ranks} cards"
         )
     steps = list(_steps(traffic, topology.ranks, tokens, experts))
-    ways: dict[str, Callable[[], _Way]] = {
-        "in order, no replicas": lambda: _Way(traffic, model, topology, experts, layers, redundant=0),
-        "EPLB of the last window": lambda: _Way(traffic, model, topology, experts, layers, at_once=True),
-        "ExpertMesh, even shares": lambda: _Way(traffic, model, topology, experts, layers, plan=balance),
-        "ExpertMesh, split, no moves": lambda: _Way(traffic, model, topology, experts, layers, split=True),
-        "ExpertMesh": lambda: _Way(traffic, model, topology, experts, layers, plan=balance, split=True),
+    way_of = partial(_Way, traffic, model, topology, experts, layers)
+    ways = {
+        "in order, no replicas": way_of(redundant=0),
+        "EPLB of the last window": way_of(at_once=True),
+        "ExpertMesh, even shares": way_of(plan=balance),
+        "ExpertMesh, split, no moves": way_of(split=True),
+        "ExpertMesh": way_of(plan=balance, split=True),
     }
     rows = []
-    for name, make in ways.items():
-        way, begin = make(), time.perf_counter()
+    for name, way in ways.items():
+        begin = time.perf_counter()
         for counts_LE in steps:
             way.step(counts_LE)
         way.close()
@@ -195,8 +197,8 @@ class _Way:
         """EPLB's plan of the last window, at once."""
         counts_LE = np.stack([self._counts[layer].numpy() for layer in range(self.layers)])
         new = eplb(Loads.of(counts_LE), self.topology, self.traffic.redundant)
-        pairs = zip(self.placement.slots_LRS, new.slots_LRS, strict=True)
-        taken_R = sum((held(b, self.experts) & ~held(a, self.experts)).sum(1) for a, b in pairs)
+        pairs = zip(new.slots_LRS, self.placement.slots_LRS, strict=True)
+        taken_R = sum(taken(*pair, self.experts) for pair in pairs)
         self.spent.moving += int(np.max(taken_R)) * self.model.expert
         self._moved += int(np.sum(taken_R))
         self.placement = new
@@ -207,8 +209,7 @@ class _Way:
         if self.split:
             cards_R: Floats = np.ceil(level(slots_RS, counts_E[None])[0] - 1e-6)
             return cards_R
-        has_RE = held(slots_RS, self.experts)
-        return np.asarray(has_RE @ (counts_E / has_RE.sum(0)))
+        return even(slots_RS, counts_E)
 
     def loads(self) -> dict[int, Tensor]:
         return {layer: rows.clone() for layer, rows in self._counts.items()}

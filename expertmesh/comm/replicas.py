@@ -75,19 +75,15 @@ class Replicas:
         if self.how == "even" or not split.replicated:
             return self._even[layer][experts_TK], None
         wish = split.wish(experts_TK, rank)
-        gathering: Gathering | None = Gathering(
-            self._comm, np.minimum(wish.counts_2P, MOST).astype(np.uint16)
-        )
+        gathering = Gathering(self._comm, np.minimum(wish.counts_2P, MOST).astype(np.uint16))
         if self.how == "now":
-            assert gathering is not None
             self._comm.turns.turn()
             gathering.forward()
             self.learn(layer, gathering)
-            gathering = None
-        known = self._known.get(layer)
-        if known is None:
-            return wish.slots_TK, gathering
-        return split.assign(wish, rank, *split.settle(known, rank, self._tolerance)), gathering
+        known, slots_TK = self._known.get(layer), wish.slots_TK
+        if known is not None:
+            slots_TK = split.assign(wish, rank, *split.settle(known, rank, self._tolerance))
+        return slots_TK, None if self.how == "now" else gathering
 
     def learn(self, layer: int, gathering: Gathering) -> None:
         """The counts of a step, after they have been handed on."""

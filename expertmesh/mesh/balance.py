@@ -18,7 +18,7 @@ from expertmesh.errors import InputError
 from expertmesh.mesh.loads import Floats, Loads, check_fit
 from expertmesh.mesh.locality import sample
 from expertmesh.mesh.placement import EMPTY, Ints, Placement
-from expertmesh.mesh.search import Goal, arrange, held, improve, pack, replicate
+from expertmesh.mesh.search import Goal, arrange, even, held, improve, pack, replicate, taken
 from expertmesh.mesh.split import level
 from expertmesh.mesh.topology import Topology
 
@@ -118,7 +118,9 @@ def _layer(
     weights_W = loads.weights_W[some] / loads.weights_W[some].sum()
     shares_E = weights_W @ windows_WE
     rng = np.random.default_rng([seed, loads.layers[row]])
-    tokens_TK = sample(loads, row, TOKENS, seed) if 1 < topology.nodes <= MOST_NODES else None
+    # Tokens take long to sample: only for a search that weighs copies, or a placement that is arranged after it.
+    located = 1 < topology.nodes <= MOST_NODES and (old_RS is None or objective.copies > 0)
+    tokens_TK = sample(loads, row, TOKENS, seed) if located else None
     scenarios, weights = _forecast(windows_WE, weights_W, objective, rng)
     goal = Goal(
         shares_E, scenarios, weights, objective.even, objective.slack, objective.risk, objective.deviation,
@@ -134,7 +136,7 @@ def _layer(
     # Small changes do not get there.
     fresh_RS = _aligned(_fresh(goal, room_R, objective, None, seeds), old_RS, room_R, len(shares_E))
     gained = _value(mended_RS, goal, objective) - _value(fresh_RS, goal, objective)
-    more = _moved(fresh_RS, old_RS, len(shares_E)) - _moved(mended_RS, old_RS, len(shares_E))
+    more = sum(taken(fresh_RS, old_RS, len(shares_E)) - taken(mended_RS, old_RS, len(shares_E)))
     return fresh_RS if gained > WORTH * more / room_R.sum() else mended_RS
 
 
@@ -180,21 +182,18 @@ def _aligned(new_RS: Ints, old_RS: Ints, room_R: Ints, experts: int) -> Ints:
     return out
 
 
-def _moved(new_RS: Ints, old_RS: Ints, experts: int) -> int:
-    return int((held(new_RS, experts) & ~held(old_RS, experts)).sum())
-
-
 def _value(slots_RS: Ints, goal: Goal, objective: Objective) -> float:
     """The fullest card over the mean by the loads themselves: split, where the objective expects that."""
     if not objective.scenarios:
         return _highest(slots_RS, goal.shares_E)
-    loads_R = level(slots_RS, goal.shares_E[None])[0]
-    return float(loads_R.max() / loads_R.mean())
+    return _fullest(level(slots_RS, goal.shares_E[None])[0])
 
 
 def _highest(slots_RS: Ints, shares_E: Floats) -> float:
-    has_RE = held(slots_RS, len(shares_E))
-    loads_R = has_RE @ (shares_E / has_RE.sum(0))
+    return _fullest(even(slots_RS, shares_E))
+
+
+def _fullest(loads_R: Floats) -> float:
     return float(loads_R.max() / loads_R.mean())
 
 
@@ -255,11 +254,9 @@ def _shares_of(budget: int | None, parts: int) -> list[int | None]:
 
 def even_cards(placement: Placement, counts_LE: Floats) -> Floats:
     """Load of each card [L, R] where the replicas of an expert share its load evenly."""
-    out = np.zeros(placement.slots_LRS.shape[:2])
-    for row, slots_RS in enumerate(placement.slots_LRS):
-        has_RE = held(slots_RS, placement.experts)
-        out[row] = has_RE @ (counts_LE[row] / has_RE.sum(0))
-    return out
+    return np.stack(
+        [even(slots, counts) for slots, counts in zip(placement.slots_LRS, counts_LE, strict=True)]
+    )
 
 
 def split_cards(placement: Placement, counts_LE: Floats) -> Floats:
@@ -272,9 +269,7 @@ def split_cards(placement: Placement, counts_LE: Floats) -> Floats:
 def moves(old: Placement, new: Placement) -> int:
     """Experts that a rank of `new` has and did not have in `old`, over the layers of both."""
     return sum(
-        int(
-            (held(new.slots_LRS[i], new.experts) & ~held(old.slots_LRS[old.row_of(layer)], old.experts)).sum()
-        )
+        int(taken(new.slots_LRS[i], old.slots_LRS[old.row_of(layer)], new.experts).sum())
         for i, layer in enumerate(new.layers)
         if layer in old.layers
     )

@@ -133,6 +133,19 @@ def held(slots_RS: Ints, experts: int) -> NDArray[np.bool_]:
     return out[:, :experts]  # the last column is that of empty slots
 
 
+def taken(new_RS: Ints, old_RS: Ints, experts: int) -> Ints:
+    """[R]: how many experts a rank has now that it did not have."""
+    count_R: Ints = (held(new_RS, experts) & ~held(old_RS, experts)).sum(1)
+    return count_R
+
+
+def even(slots_RS: Ints, loads_E: Floats) -> Floats:
+    """Loads of the ranks [R] where the replicas of an expert share its load evenly."""
+    has_RE = held(slots_RS, len(loads_E))
+    loads_R: Floats = has_RE @ (loads_E / has_RE.sum(0))
+    return loads_R
+
+
 def replicate(shares_E: Floats, slots: int, most: int) -> Ints:
     """Replicas of each expert [E]: one more each time for the expert with the largest share; `most` of any one."""
     counts = np.ones(len(shares_E), dtype=np.int64)
