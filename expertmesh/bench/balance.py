@@ -15,14 +15,13 @@ import numpy as np
 from tqdm import tqdm
 
 from expertmesh import native
-from expertmesh.balancer.eplb import eplb_slots, slot_loads, without_twins
-from expertmesh.balancer.figures import Figures
+from expertmesh.balancer.plans import Plan, in_order, published, timed
 from expertmesh.errors import InputError
 from expertmesh.llm import LLM
-from expertmesh.mesh.balance import OBJECTIVES, balance, even_cards, moves, split_cards
+from expertmesh.mesh.balance import OBJECTIVES, balance, moves
 from expertmesh.mesh.loads import Floats, Loads
 from expertmesh.mesh.locality import Gate, cross_node_copies, sample
-from expertmesh.mesh.placement import Ints, Placement, default_placement
+from expertmesh.mesh.placement import Placement
 from expertmesh.mesh.split import Split, level
 from expertmesh.mesh.topology import Topology
 from expertmesh.mesh.traffic import FORMATS, rows_bytes
@@ -58,28 +57,6 @@ class Size:
 
 
 FULL, QUICK = Size(), Size(3, 5, 2, 3)
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """A placement, and how long it took. raw_LRS: its slots as found, where a card may have an expert twice."""
-
-    placement: Placement
-    seconds: float
-    raw_LRS: Ints | None = None
-
-    def judged(self, loads: Loads) -> dict[str, dict[str, float]]:
-        counts_LE = loads.total_of(self.placement.layers)
-        even, split = self.cards("even", counts_LE), self.cards("split", counts_LE)
-        return {"even": Figures.of(even).means(), "split": Figures.of(split).means()}
-
-    def cards(self, how: str, counts_LE: Floats) -> Floats:
-        """Loads of the cards [L, R]."""
-        if how == "split":
-            return split_cards(self.placement, counts_LE)
-        if self.raw_LRS is None:
-            return even_cards(self.placement, counts_LE)
-        return slot_loads(self.raw_LRS, counts_LE)
 
 
 def bench_balance(
@@ -197,7 +174,7 @@ class _Bench:
         ours, published, anew = plans[OURS], plans[EPLB], self._plan(name, EPLB)
         assert ours is not None
         old, slots = ours.placement, self.first.experts + self._redundant
-        made = _timed(lambda: balance(loads, self._topology, self._redundant, old=old))
+        made = timed(lambda: balance(loads, self._topology, self._redundant, old=old))
 
         def changed(before: Placement, plan: Plan) -> dict[str, Any]:
             moved = moves(before, plan.placement)
@@ -294,22 +271,13 @@ class _Bench:
 
 def _make(loads: Loads, topology: Topology, how: str, redundant: int) -> Plan | None:
     if how == ORDER:
-        return _timed(lambda: default_placement(loads.experts, loads.layers, topology))
+        return in_order(loads, topology)
     if how != EPLB:
-        return _timed(lambda: balance(loads, topology, redundant, objective=how))
-    start = time.perf_counter()
+        return timed(lambda: balance(loads, topology, redundant, objective=how))
     try:
-        slots_LRS = eplb_slots(loads.total_LE, topology, redundant)
+        return published(loads, topology, redundant)
     except InputError:
         return None
-    seconds = time.perf_counter() - start
-    return Plan(Placement(without_twins(slots_LRS), loads.experts, loads.layers), seconds, slots_LRS)
-
-
-def _timed(make: Callable[[], Placement]) -> Plan:
-    start = time.perf_counter()
-    placement = make()
-    return Plan(placement, time.perf_counter() - start)
 
 
 def _cut(loads: Loads, layers: int | None) -> Loads:
@@ -327,7 +295,7 @@ def _drawn(counts_E: Floats, draws: int, steps: int, rng: np.random.Generator) -
 
 
 def _over_steps(plan: Plan, steps_LNE: Sequence[Floats]) -> dict[str, float]:
-    even = [plan.cards("even", np.stack(steps)) for steps in zip(*steps_LNE, strict=True)]
+    even = [plan.even(np.stack(steps)) for steps in zip(*steps_LNE, strict=True)]
     split = [level(s, steps) for s, steps in zip(plan.placement.slots_LRS, steps_LNE, strict=True)]
     return {
         name: float(np.mean([_fullest(c) for c in cards]))

@@ -2,22 +2,20 @@
 
 import argparse
 import json
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from expertmesh.balancer.eplb import eplb_slots, slot_loads, without_twins
 from expertmesh.balancer.figures import Figures, node_traffic
 from expertmesh.balancer.formats import read_loads
 from expertmesh.balancer.placements import PLACEMENT_FORMAT, WRITERS, every_row, read_placement, write_text
+from expertmesh.balancer.plans import Plan, in_order, published, timed
 from expertmesh.balancer.plot import Map, page, png
 from expertmesh.errors import InputError
-from expertmesh.mesh.balance import OBJECTIVES, balance, even_cards, moves, split_cards
-from expertmesh.mesh.loads import MOST, Floats, Loads, check_fit, join
+from expertmesh.mesh.balance import OBJECTIVES, balance, moves
+from expertmesh.mesh.loads import MOST, Loads, check_fit, join
 from expertmesh.mesh.locality import cross_node_copies
-from expertmesh.mesh.placement import Ints, Placement, default_placement
 from expertmesh.mesh.topology import Topology
 
 # Windows that are planned for: recorders write one for each of thousands of steps.
@@ -46,31 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print JSON, and nothing else")
 
 
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """A placement, and how long it took to find. raw_LRS: its slots as they were found, where these have an expert on a
-    card twice."""
-
-    name: str
-    placement: Placement
-    seconds: float
-    raw_LRS: Ints | None = None
-
-    def even(self, counts_LE: Floats) -> Floats:
-        """[layers, ranks]: loads of the cards, where the slots of an expert share its rows evenly."""
-        if self.raw_LRS is None:
-            return even_cards(self.placement, counts_LE)
-        return slot_loads(self.raw_LRS, counts_LE)
-
-    def judged(self, other: Loads) -> dict[str, dict[str, float]]:
-        """Under other loads, with rows split anew at each step and with even shares."""
-        counts_LE = other.total_of(self.placement.layers)
-        return {
-            "split": Figures.of(split_cards(self.placement, counts_LE)).means(),
-            "even": Figures.of(self.even(counts_LE)).means(),
-        }
-
-
 def run(args: argparse.Namespace) -> int:
     outputs = _outputs(args)
     topology = Topology(args.nodes, args.cards)
@@ -79,11 +52,10 @@ def run(args: argparse.Namespace) -> int:
     other = _other_loads(args, loads)
     before = _before(args, loads, topology)
     old = before.placement if args.old else None
-    plan = _timed(
-        f"expertmesh {args.objective}",
+    plan = timed(
         lambda: balance(
             loads, topology, args.redundant, old=old, budget=args.budget, objective=args.objective
-        ),
+        )
     )
     report = _report(args, loads, topology, before, plan, other)
     texts = [write_text(kind, plan.placement, loads.rows) for kind, _ in outputs]
@@ -164,27 +136,8 @@ def _other_loads(args: argparse.Namespace, loads: Loads) -> Loads | None:
 def _before(args: argparse.Namespace, loads: Loads, topology: Topology) -> Plan:
     """What is there: the placement to start from, or experts in order."""
     if args.old is None:
-        return _in_order(loads, topology)
-    return _timed(args.old, lambda: read_placement(args.old, loads, topology))
-
-
-def _in_order(loads: Loads, topology: Topology) -> Plan:
-    return _timed("in order", lambda: default_placement(loads.experts, loads.layers, topology))
-
-
-def _timed(name: str, make: Callable[[], Placement]) -> Plan:
-    start = time.perf_counter()
-    placement = make()
-    return Plan(name, placement, time.perf_counter() - start)
-
-
-def _eplb(name: str, loads: Loads, topology: Topology, redundant: int, groups: int | None) -> Plan:
-    """As EPLB gives it, which may have two slots of an expert on a card."""
-    start = time.perf_counter()
-    slots_LRS = eplb_slots(loads.total_LE, topology, redundant, groups)
-    seconds = time.perf_counter() - start
-    placement = Placement(without_twins(slots_LRS), loads.experts, loads.layers)
-    return Plan(name, placement, seconds, slots_LRS)
+        return in_order(loads, topology)
+    return timed(lambda: read_placement(args.old, loads, topology))
 
 
 def _report(
@@ -203,7 +156,7 @@ def _report(
         "layers": [{"layer": layer, "max_over_mean": m, "spread": s} for layer, m, s in measures],
         **_worth(plan, loads, topology),
         "moves": moves(before.placement, plan.placement),
-        "before": {"name": before.name, **_worth(before, loads, topology)},
+        "before": {"name": args.old or "in order", **_worth(before, loads, topology)},
         "placement": every_row(plan.placement, loads.rows).tolist(),
     }
     del report["before"]["seconds"]
@@ -227,16 +180,16 @@ def _compared(
     args: argparse.Namespace, loads: Loads, topology: Topology, plan: Plan, other: Loads | None
 ) -> list[dict[str, Any]]:
     groups = loads.groups or topology.nodes
-    makers: dict[str, Callable[[str], Plan]] = {
-        plan.name: lambda _: plan,
-        "EPLB hierarchical": lambda name: _eplb(name, loads, topology, args.redundant, groups),
-        "EPLB global": lambda name: _eplb(name, loads, topology, args.redundant, None),
-        "in order, no replicas": lambda _: _in_order(loads, topology),
+    makers: dict[str, Callable[[], Plan]] = {
+        f"expertmesh {args.objective}": lambda: plan,
+        "EPLB hierarchical": lambda: published(loads, topology, args.redundant, groups),
+        "EPLB global": lambda: published(loads, topology, args.redundant),
+        "in order, no replicas": lambda: in_order(loads, topology),
     }
     rows: list[dict[str, Any]] = []
     for name, make in makers.items():
         try:
-            made = make(name)
+            made = make()
         except InputError as error:
             rows.append({"name": name, "impossible": str(error)})
             continue
