@@ -11,7 +11,9 @@ how many wishes each slot has, and only as many rows as the levels need are sent
 `native/balance.cpp` does it fast. What is here gives the same numbers, for machines without a compiler and for tests.
 """
 
+import ctypes
 import math
+import weakref
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -36,14 +38,18 @@ class Split:
     experts: int
     topology: Topology
     plain: bool = False  # without the compiled library
-    _native: Any = field(init=False, repr=False)
+    _native: int | None = field(init=False, repr=False)  # what the library knows it by
 
     def __post_init__(self) -> None:
         ranks, size = self.slots_RS.shape
-        compiled = not self.plain and native.available("balance")
-        flat = np.ascontiguousarray(self.slots_RS.reshape(-1), np.int32)
-        room = np.full(ranks, size, np.int32)
-        object.__setattr__(self, "_native", (native.library("balance"), room, flat) if compiled else None)
+        handle = None
+        if not self.plain and native.available("balance"):
+            library = native.library("balance")
+            library.slots_new.restype = ctypes.c_void_p
+            room, flat = np.full(ranks, size, np.int32), np.ascontiguousarray(self.slots_RS, np.int32)
+            handle = library.slots_new(self.experts, ranks, native.pointer(room), native.pointer(flat))
+            weakref.finalize(self, library.slots_free, ctypes.c_void_p(handle))
+        object.__setattr__(self, "_native", handle)
 
     @cached_property
     def replicated(self) -> bool:
@@ -95,15 +101,8 @@ class Split:
         return out
 
     def _call(self, name: str, *args: Any) -> None:
-        library, room, flat = self._native
-        getattr(library, name)(
-            self.experts,
-            len(room),
-            self.topology.cards_per_node,
-            native.pointer(room),
-            native.pointer(flat),
-            *args,
-        )
+        call = getattr(native.library("balance"), name)
+        call(ctypes.c_void_p(self._native), self.topology.cards_per_node, *args)
 
 
 @dataclass(frozen=True, eq=False)

@@ -526,15 +526,21 @@ void level(int experts, int cards, const int32_t* room, const int32_t* expert_of
     }
 }
 
+// A layer's placement, as the calls of every step below take it.
+void* slots_new(int experts, int cards, const int32_t* room, const int32_t* expert_of) {
+    return new Slots(experts, cards, room, expert_of);
+}
+void slots_free(void* slots) { delete static_cast<Slots*>(slots); }
+
 // The slots that a rank's rows would go to if only copies to nodes counted [rows, chosen], and which of them were
 // `open` [rows, chosen]: the row has no other reason to visit the node, so another replica would do as well. Replicas
 // that cost nothing are taken in turns. counts [2, slots]: how many, bound ones and open ones.
-void wish(int experts, int cards, int cards_per_node, const int32_t* room, const int32_t* expert_of, int rank, int rows,
-          int chosen, const int64_t* chosen_experts, int64_t* out, uint8_t* open, int32_t* counts) {
-    Slots slots(experts, cards, room, expert_of);
+void wish(const void* placement, int cards_per_node, int rank, int rows, int chosen, const int64_t* chosen_experts,
+          int64_t* out, uint8_t* open, int32_t* counts) {
+    const Slots& slots = *static_cast<const Slots*>(placement);
     const int home = rank / cards_per_node;
     auto node = [&](int64_t p) { return slots.card[p] / cards_per_node; };
-    vector<int> visited(cards / cards_per_node, -1);
+    vector<int> visited(slots.cards / cards_per_node, -1);
     std::fill(counts, counts + 2 * slots.count(), 0);
     for (int t = 0; t < rows; t++) {
         const int64_t* wanted = chosen_experts + size_t(t) * chosen;
@@ -570,33 +576,33 @@ void wish(int experts, int cards, int cards_per_node, const int32_t* room, const
 // slots]: shed [2, slots], how many bound and open rows leave a slot, and take [slots], how many come to it. The same
 // plan on every rank. No more is moved than brings each card to 1 + tolerance of the mean, or as near as can be; open
 // wishes go first, then those of other nodes than the slot's.
-void settle(int experts, int cards, int cards_per_node, const int32_t* room, const int32_t* expert_of,
-            const int32_t* counts, double tolerance, int rank, int32_t* shed, int32_t* take) {
-    Slots slots(experts, cards, room, expert_of);
+void settle(const void* placement, int cards_per_node, const int32_t* counts, double tolerance, int rank, int32_t* shed,
+            int32_t* take) {
+    const Slots& slots = *static_cast<const Slots*>(placement);
     const int size = slots.count();
     auto node = [&](int card) { return card / cards_per_node; };
     auto wished = [&](int r, int kind, int p) { return Load(counts[(size_t(r) * 2 + kind) * size + p]); };
     Flow flow;
     flow.slot.assign(size, 0);
-    flow.card.assign(cards, 0);
-    for (int r = 0; r < cards; r++)
+    flow.card.assign(slots.cards, 0);
+    for (int r = 0; r < slots.cards; r++)
         for (int kind = 0; kind < 2; kind++)
             for (int p = 0; p < size; p++) flow.slot[p] += wished(r, kind, p);
     Load total = 0;
     for (int p = 0; p < size; p++) flow.card[slots.card[p]] += flow.slot[p], total += flow.slot[p];
     vector<Load> before = flow.slot;
-    Leveller().run(slots, flow, Load(std::ceil(double(total) / cards * (1 + tolerance))));
+    Leveller().run(slots, flow, Load(std::ceil(double(total) / slots.cards * (1 + tolerance))));
 
     std::fill(shed, shed + 2 * size, 0);
     std::fill(take, take + size, 0);
-    vector<Load> homeless(cards);
-    for (int e = 0; e < experts; e++) {
+    vector<Load> homeless(slots.cards);
+    for (int e = 0; e < slots.experts; e++) {
         const auto& at = slots.at[e];
         if (at.size() < 2) continue;
         std::fill(homeless.begin(), homeless.end(), 0);
         for (int p : at)
             for (int turn = 0; turn < 4; turn++)  // open ones of other nodes, of this; bound ones of other nodes, of this
-                for (int r = 0; r < cards && before[p] > flow.slot[p]; r++) {
+                for (int r = 0; r < slots.cards && before[p] > flow.slot[p]; r++) {
                     int kind = turn < 2, near = turn % 2;
                     if ((node(r) == node(slots.card[p])) != near) continue;
                     Load part = std::min(before[p] - flow.slot[p], wished(r, kind, p));
@@ -606,7 +612,7 @@ void settle(int experts, int cards, int cards_per_node, const int32_t* room, con
                 }
         for (int reach = 0; reach < 2; reach++)  // into the own node first
             for (int p : at)
-                for (int r = 0; r < cards && before[p] < flow.slot[p]; r++) {
+                for (int r = 0; r < slots.cards && before[p] < flow.slot[p]; r++) {
                     if (reach == 0 && node(r) != node(slots.card[p])) continue;
                     Load part = std::min(flow.slot[p] - before[p], homeless[r]);
                     before[p] += part;
@@ -617,12 +623,12 @@ void settle(int experts, int cards, int cards_per_node, const int32_t* room, con
 }
 
 // Changes a rank's slots [rows, chosen] by such a plan: first rows that visit the other slot's node anyway.
-void reassign(int experts, int cards, int cards_per_node, const int32_t* room, const int32_t* expert_of, int rank, int rows,
-              int chosen, const int64_t* chosen_experts, int64_t* out, const uint8_t* open, int32_t* shed, int32_t* take) {
-    Slots slots(experts, cards, room, expert_of);
+void reassign(const void* placement, int cards_per_node, int rank, int rows, int chosen, const int64_t* chosen_experts,
+              int64_t* out, const uint8_t* open, int32_t* shed, int32_t* take) {
+    const Slots& slots = *static_cast<const Slots*>(placement);
     const int size = slots.count(), home = rank / cards_per_node;
     auto node = [&](int64_t p) { return slots.card[p] / cards_per_node; };
-    vector<int> visited(cards / cards_per_node, -1);
+    vector<int> visited(slots.cards / cards_per_node, -1);
     for (int pass = 0; pass < 2; pass++)
         for (int t = 0; t < rows; t++) {
             int mark = pass * rows + t;
