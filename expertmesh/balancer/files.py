@@ -143,7 +143,7 @@ def _csv(data: bytes) -> Any:
         return [_numbers(row, number) for number, row in enumerate(rows)]
     values = [_numbers(row, number) for number, row in enumerate(rows[1:], 1)]
     if not values:
-        raise InputError("no rows after the header")
+        raise InputError("neither JSON nor another known kind, and as CSV it has no rows after the header")
     if {"layer", "expert", "count"} <= set(names):
         return _long(names, values)
     if names[0] == "layer":

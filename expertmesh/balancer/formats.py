@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from expertmesh.balancer.files import read
 from expertmesh.errors import InputError
-from expertmesh.mesh.loads import Loads, as_counts, join, spread
+from expertmesh.mesh.loads import MOST, MOST_EXPERTS, Loads, as_counts, join, spread
 from expertmesh.mesh.placement import Ints
 
 LOADS_FORMAT = "expertmesh-loads"
@@ -72,9 +72,11 @@ def _loads(document: Any, experts: int | None) -> Loads:
         return _ascend(document)
     for key in RECORDS:
         if key in document:
-            given = document.get("experts", experts)
-            size = None if given is None else int(as_array(given))
-            return Loads.of_tokens(as_ids(document[key]).transpose(1, 0, 2), size)
+            size = as_ids(document.get("experts", -1 if experts is None else experts))
+            if size.ndim:
+                raise InputError("`experts` is not one number")
+            ids_TLK = _of_three(document[key], key, "tokens, layers, choices")
+            return Loads.of_tokens(ids_TLK.transpose(1, 0, 2), None if size < 0 else int(size))
     if "expert_load_window" in document:
         return Loads.of(_logical(as_array(document["expert_load_window"]), _map_of(document)))
     for key in COUNTS:
@@ -88,7 +90,7 @@ def _by_name(document: Mapping[Any, Any]) -> Loads:
     """Rows by the numbers of their layers, or the only array that is there."""
     if any(key in document for key in PLACEMENTS):
         raise InputError("holds a placement, not loads")
-    if document and all(re.fullmatch(r"\d{1,6}", str(key)) for key in document):
+    if document and all(re.fullmatch(r"\d{1,4}", str(key)) for key in document):
         by_layer = {int(key): row for key, row in document.items()}
         rows_LE = as_array([by_layer[layer] for layer in sorted(by_layer)])
         return Loads.of(spread(as_counts(rows_LE[None]), sorted(by_layer), max(by_layer) + 1))
@@ -110,7 +112,9 @@ def _lines(documents: Sequence[dict[str, Any]], experts: int | None) -> Loads:
 
 
 def _own(document: Mapping[str, Any]) -> Loads:
-    counts = as_array(document.get("counts"))
+    if "counts" not in document:
+        raise InputError("has no `counts`")
+    counts = as_array(document["counts"])
     counts_WLE = as_counts(counts[None] if counts.ndim == 2 else counts)
     layers = document.get("layers") or list(range(counts_WLE.shape[1]))
     known = isinstance(layers, list) and all(map(_is_count, layers)) and len(set(layers)) == len(layers)
@@ -126,14 +130,17 @@ def _own(document: Mapping[str, Any]) -> Loads:
 
 def _sglang_records(document: Mapping[str, Any]) -> Loads:
     """One window for each forward pass; the ids are of physical experts."""
-    map_LP = _map_of(document)
-    records = [record for record in document["records"] if isinstance(record, dict)]
+    map_LP, records = _map_of(document), document["records"]
+    records = [record for record in records if isinstance(record, dict)] if isinstance(records, list) else []
     if not records or not all("global_physical_count" in record for record in records):
         raise InputError("`records` has no global_physical_count")
     counts = [_logical(as_array(record["global_physical_count"]), map_LP) for record in records]
-    ids = [as_ids(record["topk_ids_of_layer"]) for record in records if "topk_ids_of_layer" in record]
+    key = "topk_ids_of_layer"
+    ids = [_of_three(record[key], key, "layers, tokens, choices") for record in records if key in record]
     if not ids:
         return Loads.of(as_array(counts))
+    if len({(len(ids_LTK), ids_LTK.shape[2]) for ids_LTK in ids}) > 1:
+        raise InputError(f"`{key}` differs in its layers or choices from record to record")
     physical_LTK = np.concatenate(ids, axis=1)
     if len(physical_LTK) != len(map_LP) or physical_LTK.max() >= map_LP.shape[1]:
         raise InputError("its ids do not fit the physical_to_logical_map")
@@ -165,7 +172,7 @@ def _folder(path: Path) -> Loads:
     counts: dict[tuple[int, int], NDArray[Any]] = {}
     for file in files:
         for name, counts_E in read(file).items():
-            if not re.fullmatch(r"\d{1,9}_\d{1,6}", name) or counts_E.ndim != 1:
+            if not re.fullmatch(r"\d{1,9}_\d{1,4}", name) or counts_E.ndim != 1:
                 raise InputError(f"{file.name}: {name[:40]} is not a row of counts named iteration_layer")
             key = (int(name.split("_")[0]), int(name.split("_")[1]))
             if key in counts and counts[key].shape != counts_E.shape:
@@ -184,7 +191,7 @@ def _map_of(document: Mapping[str, Any]) -> Ints:
     if found is None:
         raise InputError("counts by physical experts need the physical_to_logical_map beside them")
     map_LP = as_ids(found)
-    if map_LP.ndim != 2 or not map_LP.size or map_LP.min() < 0:
+    if map_LP.ndim != 2 or not map_LP.size or map_LP.min() < 0 or map_LP.max() >= MOST_EXPERTS:
         raise InputError("its physical_to_logical_map is not [layers, physical experts] of expert numbers")
     return map_LP
 
@@ -202,21 +209,23 @@ def _logical(counts: NDArray[Any], map_LP: Ints) -> NDArray[Any]:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**6
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**4
 
 
 def as_ids(value: Any) -> Ints:
     """Whole numbers, of nested lists or an array of any shape. InputError where they are none."""
     found = as_array(value)
-    if found.dtype.kind not in "iu":
-        whole = (
-            found.dtype.kind == "f"
-            and bool(np.isfinite(found).all())
-            and bool((found == np.floor(found)).all())
-        )
-        if not whole:
-            raise InputError("expert numbers must be whole numbers")
+    unsure = found.dtype.kind != "i"
+    if unsure and (found.dtype.kind not in "uf" or not (np.abs(found) < MOST).all() or (found % 1).any()):
+        raise InputError("expert numbers must be whole numbers")
     return found.astype(np.int64)
+
+
+def _of_three(value: Any, key: str, axes: str) -> Ints:
+    found = as_ids(value)
+    if found.ndim != 3:
+        raise InputError(f"`{key}` has shape {list(found.shape)}, not [{axes}]")
+    return found
 
 
 def as_array(value: Any) -> NDArray[Any]:

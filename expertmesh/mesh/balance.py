@@ -27,8 +27,8 @@ from expertmesh.mesh.topology import Topology
 class Objective:
     """What a placement is to be good at. scenarios: how many variations of the loads it is judged by; deviation: of
     their logarithm; reversion: how far they go back to the mean (large loads tend to fall, small ones to rise); the
-    rest as in `search.Goal`. greed: exponent of the loads for the first number of replicas; tries, heat: of the
-    search, see there."""
+    rest as in `search.Goal`. greed: exponent of the loads for the first number of replicas; tries, heat, cold:
+    of the search, see `improve`, heat at most; tokens: that locality is judged by."""
 
     scenarios: int = 0
     deviation: float = 0.0
@@ -38,21 +38,25 @@ class Objective:
     risk: float = 0.0
     copies: float = 0.0
     greed: float = 1.0
-    tries: int = 400_000
-    heat: float = 1e-4
+    tries: int = 150_000
+    heat: float = 2e-2
+    cold: float = 1e-4
+    tokens: int = 1024
 
 
 OBJECTIVES = {
-    "robust": Objective(32, 0.45, 0.1, even=3.0, slack=0.035, risk=0.1, greed=0.85, tries=60_000, heat=1e-3),
+    "robust": Objective(
+        32, 0.45, 0.1, even=3.0, slack=0.035, risk=0.1, greed=0.85, tries=60_000, heat=1e-3, cold=1e-3
+    ),
     "known": Objective(),
-    "local": Objective(even=3.0, slack=0.02, copies=0.3, tries=200_000, heat=1e-3),
+    "local": Objective(even=3.0, slack=0.035, copies=0.3, tries=100_000, heat=1e-3, cold=1e-3, tokens=4096),
 }
 ENOUGH = 0.045  # an old placement is left alone once no card is further above the mean
 # What a moved slot has to be worth, in turn, see `search.Goal`; and the moves that are tried for each.
 MOVES, TRIES = tuple(0.128 * 0.6**i for i in range(10)), 100_000
 WORTH = 0.1  # of the mean: what the fullest card has to gain for moving all slots
-TOKENS = 1024  # that locality is judged by
-MOST_NODES = 64  # for which it is looked at
+HEAT = 0.1  # most of a search by even shares, in the squares of what cards are off the mean at its start
+MOST_NODES = 64  # for which locality is looked at
 WINDOWS = 0.1  # weight of the recorded windows among the scenarios
 
 
@@ -114,13 +118,15 @@ def _layer(
 ) -> Ints:
     windows_WE = loads.counts_WLE[:, row].astype(np.float64)
     some = windows_WE.sum(1) > 0
-    windows_WE = windows_WE[some] / windows_WE[some].sum(1, keepdims=True)
-    weights_W = loads.weights_W[some] / loads.weights_W[some].sum()
-    shares_E = weights_W @ windows_WE
+    windows_WE, weights_W = windows_WE[some], loads.weights_W[some]
+    total_E = np.einsum("w,we->e", weights_W, windows_WE)
+    shares_E = total_E / total_E.sum()
+    windows_WE = windows_WE / windows_WE.sum(1, keepdims=True)
+    weights_W = weights_W / weights_W.sum()
     rng = np.random.default_rng([seed, loads.layers[row]])
     # Tokens take long to sample: only for a search that weighs copies, or a placement that is arranged after it.
     located = 1 < topology.nodes <= MOST_NODES and (old_RS is None or objective.copies > 0)
-    tokens_TK = sample(loads, row, TOKENS, seed) if located else None
+    tokens_TK = sample(loads, row, objective.tokens, seed) if located else None
     scenarios, weights = _forecast(windows_WE, weights_W, objective, rng)
     goal = Goal(
         shares_E, scenarios, weights, objective.even, objective.slack, objective.risk, objective.deviation,
@@ -150,7 +156,12 @@ def _fresh(
         return slots_RS
     if tokens_TK is not None and objective.copies:  # where the search weighs copies, it gets a good start
         slots_RS = arrange(slots_RS, room_R, goal.nodes, tokens_TK, next(seeds))
-    slots_RS = improve(slots_RS, room_R, goal, objective.tries, objective.heat, next(seeds))
+    heat = objective.heat
+    if not objective.scenarios:
+        # Far from level, other numbers of replicas have to be found, which takes heat; near it, heat undoes the start.
+        loads_R = even(slots_RS, goal.shares_E)
+        heat = min(heat, HEAT * float(((loads_R / loads_R.mean() - 1) ** 2).sum()))
+    slots_RS = improve(slots_RS, room_R, goal, objective.tries, heat, next(seeds), objective.cold)
     if tokens_TK is not None and not objective.copies:
         slots_RS = arrange(slots_RS, room_R, goal.nodes, tokens_TK, next(seeds))
     return slots_RS

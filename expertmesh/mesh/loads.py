@@ -13,6 +13,7 @@ from expertmesh.mesh.topology import Topology
 
 Floats: TypeAlias = NDArray[np.float64]
 MOST = 1e15  # sums of these are exact, or nearly
+MOST_EXPERTS, MOST_RANKS = 1 << 16, 1 << 12  # more are a mistake, and would fill the memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +95,8 @@ class Loads:
                 f"loads: token record of shape {tokens_LTK.shape} is not [layers, tokens, choices]"
             )
         size = int(tokens_LTK.max()) + 1 if experts is None else experts
+        if size > MOST_EXPERTS:
+            raise InputError(f"loads: {size} experts a layer; {MOST_EXPERTS} are the most")
         if tokens_LTK.min() < EMPTY or tokens_LTK.max() >= size:
             raise InputError(f"loads: the token record names experts that are not from 0 to {size - 1}")
         flat = tokens_LTK.reshape(len(tokens_LTK), -1)
@@ -107,7 +110,8 @@ class Loads:
     @property
     def total_LE(self) -> Floats:
         """All windows together, by their weights."""
-        total: Floats = np.tensordot(self.weights_W, self.counts_WLE, 1)
+        # Not by BLAS, whose threads would wait in a loop for more, beside those that search for placements.
+        total: Floats = np.einsum("w,wle->le", self.weights_W, self.counts_WLE)
         return total
 
     def total_of(self, rows: Sequence[int]) -> Floats:
@@ -172,6 +176,8 @@ def _join_tokens(parts: Sequence[Loads], layers: Sequence[int]) -> Ints | None:
 def check_fit(loads: Loads, topology: Topology, redundant: int) -> None:
     """InputError where the experts and `redundant` further slots of a layer cannot be on that many ranks."""
     most = loads.experts * (topology.ranks - 1)
+    if topology.ranks > MOST_RANKS:
+        raise InputError(f"{topology.ranks} cards; experts are placed on {MOST_RANKS} at most")
     if redundant < 0:
         raise InputError(f"{redundant} redundant slots; must be at least 0")
     if redundant > most:

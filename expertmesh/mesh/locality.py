@@ -12,6 +12,7 @@ from expertmesh.mesh.split import Split
 from expertmesh.mesh.topology import Topology
 
 ROUNDS = 12  # in which the biases of the gate are fitted
+ENOUGH = 1024  # recorded tokens, to be worth more than any number of a gate's
 ROWS = 32  # of each rank in the simulated step
 
 
@@ -62,12 +63,13 @@ def copies_to_nodes(split: Split, experts_RTK: Ints, tolerance: float = 0.0) -> 
 
 
 def sample(loads: Loads, row: int, tokens: int, seed: int = 0) -> Ints:
-    """Experts [tokens, chosen] of one layer of the loads: recorded ones where there are enough, else such as a gate
-    would choose that gives these loads."""
+    """Experts [tokens, chosen] of one layer of the loads: recorded ones where there are enough, if need be several
+    times, else such as a gate would choose that gives these loads."""
     if loads.tokens_LTK is not None:
         whole_TK = loads.tokens_LTK[row][(loads.tokens_LTK[row] != EMPTY).all(1)]
-        if len(whole_TK) >= tokens:
-            chosen: Ints = np.random.default_rng(seed).choice(whole_TK, tokens, replace=False)
+        if len(whole_TK) >= min(tokens, ENOUGH):
+            few = len(whole_TK) < tokens
+            chosen: Ints = np.random.default_rng(seed).choice(whole_TK, tokens, replace=few)
             return chosen
     return Gate.of(loads.experts, loads.groups).sample(loads.total_LE[row], tokens, seed)
 

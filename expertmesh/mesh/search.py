@@ -12,7 +12,7 @@ from expertmesh.mesh.loads import Floats
 from expertmesh.mesh.placement import EMPTY, Ints
 from expertmesh.mesh.split import whole
 
-ARRANGEMENTS = 10_000  # exchanges of cards between nodes that are tried
+ARRANGEMENTS = 3_000  # exchanges of cards between nodes that are tried
 WARMTH = 0.002  # what one may cost at first, in copies of a token to other nodes
 
 
@@ -66,8 +66,11 @@ class _Goal(ctypes.Structure):
     ]
 
 
-def improve(slots_RS: Ints, room_R: Ints, goal: Goal, tries: int, heat: float, seed: int) -> Ints:
-    """Slots like slots_RS, better by the goal. room_R: how many slots of each rank may be used, the first ones."""
+def improve(
+    slots_RS: Ints, room_R: Ints, goal: Goal, tries: int, heat: float, seed: int, cold: float = 1e-3
+) -> Ints:
+    """Slots like slots_RS, better by the goal. room_R: how many slots of each rank may be used, the first ones. heat:
+    what a change may cost at first, as the mean of an exponential; at the end of the tries it is `cold` times that."""
     ranks, experts = len(room_R), len(goal.shares_E)
     used = np.arange(slots_RS.shape[1]) < room_R[:, None]
     flat = np.ascontiguousarray(slots_RS[used], dtype=np.int32)
@@ -103,6 +106,7 @@ def improve(slots_RS: Ints, room_R: Ints, goal: Goal, tries: int, heat: float, s
         ),
         ctypes.c_int64(tries),
         ctypes.c_double(heat),
+        ctypes.c_double(cold),
         ctypes.c_uint64(seed),
     )
     del room
@@ -142,7 +146,7 @@ def taken(new_RS: Ints, old_RS: Ints, experts: int) -> Ints:
 def even(slots_RS: Ints, loads_E: Floats) -> Floats:
     """Loads of the ranks [R] where the replicas of an expert share its load evenly."""
     has_RE = held(slots_RS, len(loads_E))
-    loads_R: Floats = has_RE @ (loads_E / has_RE.sum(0))
+    loads_R: Floats = np.where(has_RE, loads_E / has_RE.sum(0), 0.0).sum(1)  # not by BLAS, see `total_LE`
     return loads_R
 
 

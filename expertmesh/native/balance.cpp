@@ -165,43 +165,53 @@ Load mean_of(const Load* load, int experts, int cards) {
     return (std::accumulate(load, load + experts, Load(0)) + cards - 1) / cards;
 }
 
+int count_bits(uint64_t x) {  // the builtin is a call where the machine that compiles is not the one to run
+    x -= (x >> 1) & 0x5555555555555555ull;
+    x = (x & 0x3333333333333333ull) + ((x >> 2) & 0x3333333333333333ull);
+    x = (x + (x >> 4)) & 0x0F0F0F0F0F0F0F0Full;
+    return int((x * 0x0101010101010101ull) >> 56);
+}
+
 // Copies of tokens to other nodes, from a sample of tokens. A token needs the nodes of its experts that have one node
 // only; an expert with a replica on one of these, or on the token's own node, costs nothing; tokens come from all
-// nodes alike.
+// nodes alike, so costs are whole numbers of nodes.
 class Copies {
     const int nodes_, chosen_;
     const int cards_per_node_;
-    const double weight_;  // of one copy of one token
+    const double weight_;  // of one copy of one token from one node
     const int32_t* tokens_;
     vector<vector<int>> of_;  // tokens of each expert
-    vector<double> cost_;     // of each token
+    vector<int> cost_;        // of each token
     vector<uint64_t> hosts_;  // nodes of each expert
-    vector<std::pair<int, double>> undo_;
+    vector<int> away_;        // of each expert: how many nodes are without it
+    int64_t total_ = 0;
+    vector<std::pair<int, int>> undo_;
     vector<std::pair<int, uint64_t>> undo_hosts_;
 
 public:
-    double total = 0;
-
     Copies(const Slots& slots, int nodes, int count, int chosen, const int32_t* tokens)
-        : nodes_(nodes), chosen_(chosen), cards_per_node_(slots.cards / nodes), weight_(1.0 / std::max(count, 1)),
-          tokens_(tokens), of_(slots.experts), cost_(count), hosts_(slots.experts) {
-        for (int e = 0; e < slots.experts; e++) hosts_[e] = hosts(slots, e);
+        : nodes_(nodes), chosen_(chosen), cards_per_node_(slots.cards / nodes), weight_(1.0 / std::max(count, 1) / nodes),
+          tokens_(tokens), of_(slots.experts), cost_(count), hosts_(slots.experts), away_(slots.experts) {
+        for (int e = 0; e < slots.experts; e++) host(e, hosts(slots, e));
         for (int t = 0; t < count; t++) {
             for (int k = 0; k < chosen; k++) of_[tokens[t * chosen + k]].push_back(t);
-            total += cost_[t] = cost(t);
+            total_ += cost_[t] = cost(t);
         }
     }
+    double total() const { return double(total_) * weight_; }  // the mean of a token
 
     void changed(const Slots& slots, int e) {
         if (e == EMPTY) return;
         uint64_t now = hosts(slots, e);
         if (now == hosts_[e]) return;
         undo_hosts_.emplace_back(e, hosts_[e]);
-        hosts_[e] = now;
+        host(e, now);
         for (int t : of_[e]) {
+            int now = cost(t);
+            if (now == cost_[t]) continue;
             undo_.emplace_back(t, cost_[t]);
-            total -= cost_[t];
-            total += cost_[t] = cost(t);
+            total_ += now - cost_[t];
+            cost_[t] = now;
         }
     }
     void keep() {
@@ -209,33 +219,37 @@ public:
         undo_hosts_.clear();
     }
     void undo() {
-        for (; !undo_hosts_.empty(); undo_hosts_.pop_back()) hosts_[undo_hosts_.back().first] = undo_hosts_.back().second;
+        for (; !undo_hosts_.empty(); undo_hosts_.pop_back()) host(undo_hosts_.back().first, undo_hosts_.back().second);
         for (; !undo_.empty(); undo_.pop_back()) {
             auto [t, before] = undo_.back();
-            total += before - cost_[t];
+            total_ += before - cost_[t];
             cost_[t] = before;
         }
     }
 
 private:
+    void host(int e, uint64_t nodes) {
+        hosts_[e] = nodes;
+        away_[e] = nodes_ - count_bits(nodes);
+    }
     uint64_t hosts(const Slots& slots, int e) const {
         uint64_t mask = 0;
         for (int p : slots.at[e]) mask |= uint64_t(1) << (slots.card[p] / cards_per_node_);
         return mask;
     }
-    double cost(int t) const {
-        const int32_t* experts = tokens_ + size_t(t) * chosen_;
+    int cost(int t) const { return chosen_ == 8 ? cost<8>(t) : cost<0>(t); }
+    template <int chosen>  // loops of known length are twice as fast
+    int cost(int t) const {
+        const int n = chosen ? chosen : chosen_;
+        const int32_t* experts = tokens_ + size_t(t) * n;
         uint64_t needed = 0;
-        for (int k = 0; k < chosen_; k++) {
+        for (int k = 0; k < n; k++) {
             uint64_t h = hosts_[experts[k]];
-            if (!(h & (h - 1))) needed |= h;
+            needed |= h & (h - 1) ? 0 : h;
         }
-        double out = __builtin_popcountll(needed) * (1 - 1.0 / nodes_);
-        for (int k = 0; k < chosen_; k++) {
-            uint64_t h = hosts_[experts[k]];
-            if (!(h & needed)) out += 1 - double(__builtin_popcountll(h)) / nodes_;
-        }
-        return out * weight_;
+        int out = count_bits(needed) * (nodes_ - 1);
+        for (int k = 0; k < n; k++) out += hosts_[experts[k]] & needed ? 0 : away_[experts[k]];
+        return out;
     }
 };
 
@@ -318,9 +332,9 @@ public:
         }
     }
 
-    // tries: moves looked at; heat: what a move may cost at first (of the goal), falling to the thousandth part.
-    void run(int64_t tries, double heat) {
-        double temperature = heat, cooling = std::pow(1e-3, 1024.0 / double(std::max<int64_t>(tries, 1024)));
+    // tries: moves looked at; heat: what a move may cost at first (of the goal), falling to the part `cold` of it.
+    void run(int64_t tries, double heat, double cold) {
+        double temperature = heat, cooling = std::pow(cold, 1024.0 / double(std::max<int64_t>(tries, 1024)));
         for (int64_t i = 0; i < tries; i++) {
             if (i % 1024 == 0) {
                 if (i) temperature *= cooling;
@@ -348,7 +362,7 @@ private:
         return goal_.weights[s] * (double(level) / double(mean_[s]) - 1);
     }
     double fixed_cost() const {
-        return even_cost_ + goal_.risk * risk_cost_ + goal_.copies * copies_.total + goal_.move * double(moves_);
+        return even_cost_ + goal_.risk * risk_cost_ + goal_.copies * copies_.total() + goal_.move * double(moves_);
     }
 
     // The expert's part of the cards' even shares and risks.
@@ -497,17 +511,20 @@ private:
     vector<int> concerned_;
 };
 
-// The best `count` by score of those whose group is allowed, into out.
-void top(const vector<double>& score, const vector<uint8_t>& allowed, int per_group, int count, int32_t* out) {
-    vector<std::pair<double, int>> best;
-    for (int e = 0; e < int(score.size()); e++) {
-        if (!allowed[e / per_group]) continue;
-        if (int(best.size()) == count && score[e] <= best.back().first) continue;
-        if (int(best.size()) == count) best.pop_back();
-        std::pair<double, int> one(score[e], e);
-        best.insert(std::upper_bound(best.begin(), best.end(), one, [](auto& x, auto& y) { return x.first > y.first; }), one);
+// The best by score of those whose group is allowed, into out, with their scores in best.
+void top(const vector<double>& score, const vector<uint8_t>& allowed, int per_group, vector<double>& best, int32_t* out) {
+    const int count = int(best.size());
+    int have = 0;
+    for (int g = 0; g < int(allowed.size()); g++) {
+        if (!allowed[g]) continue;
+        for (int e = g * per_group; e < (g + 1) * per_group; e++) {
+            if (have == count && score[e] <= best[count - 1]) continue;
+            int k = have < count ? have++ : count - 1;
+            for (; k > 0 && best[k - 1] < score[e]; k--) best[k] = best[k - 1], out[k] = out[k - 1];
+            best[k] = score[e];
+            out[k] = e;
+        }
     }
-    for (int k = 0; k < count; k++) out[k] = best[k].second;
 }
 
 }  // namespace
@@ -660,7 +677,7 @@ void gate(int experts, int groups, int top_groups, int chosen, const double* sha
     vector<float> noise(size_t(tokens) * experts);
     for (auto& x : noise) x = float(random.normal());
     double sum = std::accumulate(shares, shares + experts, 0.0);
-    vector<double> bias(experts), score(experts), drawn(experts);
+    vector<double> bias(experts), score(experts), drawn(experts), best(chosen);
     for (int e = 0; e < experts; e++) bias[e] = 0.5 * std::log(shares[e] / sum * experts + 0.02);
     vector<std::pair<double, int>> order(groups);
     vector<uint8_t> allowed(groups);
@@ -679,7 +696,7 @@ void gate(int experts, int groups, int top_groups, int chosen, const double* sha
             std::sort(order.begin(), order.end());
             std::fill(allowed.begin(), allowed.end(), 0);
             for (int g = 0; g < top_groups; g++) allowed[order[g].second] = 1;
-            top(score, allowed, per_group, chosen, out + size_t(t) * chosen);
+            top(score, allowed, per_group, best, out + size_t(t) * chosen);
             for (int k = 0; k < chosen; k++) drawn[out[size_t(t) * chosen + k]]++;
         }
         for (int e = 0; e < experts; e++) {
@@ -708,11 +725,11 @@ void arrange(int experts, int cards, const int32_t* room, int32_t* expert_of, in
     for (int64_t i = 0; i < tries; i++) {
         int a = random.below(cards), b = random.below(cards);
         if (a / per_node == b / per_node || room[a] != room[b]) continue;
-        double before = copies.total, warmth = heat * (1 - double(i) / double(tries));
+        double before = copies.total(), warmth = heat * (1 - double(i) / double(tries));
         exchange(a, b);
         for (int c : {a, b})
             for (int p = slots.first[c]; p < slots.first[c + 1]; p++) copies.changed(slots, slots.expert[p]);
-        if (copies.total - before <= -warmth * std::log(random.real())) {
+        if (copies.total() - before <= -warmth * std::log(random.real())) {
             copies.keep();
         } else {
             copies.undo();
@@ -724,9 +741,9 @@ void arrange(int experts, int cards, const int32_t* room, int32_t* expert_of, in
 
 // Improves a placement of one layer in place.
 void improve(int experts, int cards, const int32_t* room, int32_t* expert_of, const Goal* goal, int64_t tries, double heat,
-             uint64_t seed) {
+             double cold, uint64_t seed) {
     Slots slots(experts, cards, room, expert_of);
-    Search(slots, *goal, seed).run(tries, heat);
+    Search(slots, *goal, seed).run(tries, heat, cold);
     std::copy(slots.expert.begin(), slots.expert.end(), expert_of);
 }
 }

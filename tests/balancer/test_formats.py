@@ -272,6 +272,14 @@ WRONG = {
     "own rows": ({"format": "expertmesh-loads", "counts": [[1, 2]], "layers": [5], "rows": 3}, "does not fit"),
     "own groups": ({"format": "expertmesh-loads", "counts": [[1, 2]], "groups": 3}, "do not divide into 3 groups"),
     "own weights": ({"format": "expertmesh-loads", "counts": [[1, 2]], "weights": [1, 2]}, "2 weights of 1 windows"),
+    "expert": ({"ids": [[[5_000_000_000]]]}, "5000000001 experts a layer; 65536 are the most"),
+    "map of experts": ({"expert_load": [[1]], "p2l_map": [[5_000_000_000]]}, "is not [layers, physical experts]"),
+    "flat ids": ({"routed_experts": [[1]]}, "`routed_experts` has shape [1, 1], not [tokens, layers, choices]"),
+    "ids without end": ({"ids": [[[1e30]]]}, "expert numbers must be whole numbers"),
+    "experts": ({"ids": [[[1]]], "experts": [4, 5]}, "`experts` is not one number"),
+    "no own counts": ({"format": "expertmesh-loads"}, "has no `counts`"),
+    "far layer": ({"99999": [1, 2]}, "no loads found"),
+    "a word": ("null", "neither JSON nor another known kind"),
     "records": (pt({"records": [], "last_physical_to_logical_map": torch.tensor(MAP)}), "no global_physical_count"),
 }  # fmt: skip
 

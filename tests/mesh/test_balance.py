@@ -194,6 +194,11 @@ def test_known_loads_are_level() -> None:
         counts_LE = zipf(seed, exponent=0.9)
         made = balance(Loads.of(counts_LE), topology, 2 * topology.ranks, objective="known")
         assert fullest(even_cards(made, counts_LE)) < 1.01
+    steep = zipf(
+        0, layers=1, experts=256, exponent=1.2
+    )  # far more replicas of few experts than greedy rules find
+    made = balance(Loads.of(steep), Topology(8, 8), 64, objective="known")
+    assert fullest(even_cards(made, steep)) < 1.03
     hot = np.full((1, 16), 1.0)
     hot[0, 3] = 100
     made = balance(Loads.of(hot), Topology(1, 4), 0, objective="known")
@@ -223,6 +228,16 @@ def test_local_sends_to_fewer_nodes() -> None:
         for name in OBJECTIVES
     }
     assert copies["local"] < 0.97 * min(copies["known"], copies["robust"])
+
+
+@pytest.mark.usefixtures("long")
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_windows_count_by_their_rows(objective: str) -> None:
+    """As the figures do: a window of few rows is worth little for even shares, however different it is."""
+    large, small = 1e3 * zipf(3), zipf(4)
+    loads = Loads.of(np.stack([large, small]))
+    made = balance(loads, Topology(2, 4), 16, objective=objective)
+    assert fullest(even_cards(made, loads.total_LE)) < 1.05
 
 
 def test_cards_by_hand() -> None:

@@ -127,6 +127,8 @@ def test_parts_of_different_models(shape: tuple[int, int]) -> None:
 def test_what_a_cluster_can_hold() -> None:
     loads = Loads.of(COUNTS)
     check_fit(loads, Topology(2, 2), 9)
+    with pytest.raises(InputError, match="200000 cards; experts are placed on 4096 at most"):
+        check_fit(loads, Topology(100_000, 2), 0)
     for redundant, message in ((10, "can use 9 at most"), (-1, "at least 0")):
         with pytest.raises(InputError, match=message):
             check_fit(loads, Topology(2, 2), redundant)

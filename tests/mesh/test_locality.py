@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from expertmesh import Topology, native
 from expertmesh.mesh.loads import Loads
-from expertmesh.mesh.locality import Gate, copies_to_nodes, cross_node_copies, sample
+from expertmesh.mesh.locality import ENOUGH, Gate, copies_to_nodes, cross_node_copies, sample
 from expertmesh.mesh.placement import EMPTY, Placement, default_placement
 from expertmesh.mesh.search import arrange
 from expertmesh.mesh.split import Split
@@ -99,6 +99,10 @@ def test_recorded_tokens_are_taken_where_there_are_enough() -> None:
     assert {tuple(token) for token in sample(loads, 0, 40).tolist()} == recorded
     assert sample(loads, 1, 20).shape == (20, 4) and sample(loads, 1, 21).shape == (21, 8)
     assert (sample(loads, 1, 20) != EMPTY).all()
+    many = np.argsort(rng.random((1, ENOUGH, 16)), axis=2)[:, :, :4]
+    found = sample(Loads.of_tokens(many, 16), 0, 3 * ENOUGH)
+    assert found.shape == (3 * ENOUGH, 4)
+    assert {tuple(token) for token in found.tolist()} <= {tuple(token) for token in many[0].tolist()}
 
 
 def test_nodes_of_cards_that_ask_alike() -> None:
