@@ -75,8 +75,10 @@ class Traffic:
 class _Recorder(Recorded):
     """Keeps every token's experts."""
 
+    repeatable = False
+
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(lambda experts, counts: None)
         self.chosen: dict[int, list[Ints]] = {}
 
     def record(self, layer: int, experts_TK: Tensor, experts: int) -> None:

@@ -15,6 +15,7 @@ class Alone:
     `comm.base.Collectives`, `Group` and `Exchange`."""
 
     leads = True
+    whole = True
 
     def prepare(self, pieces: int, split: str) -> None:
         pass

@@ -143,10 +143,13 @@ class Comm(ABC):
 
 class Group(Protocol):
     """The TP group in one step: ranks of one node that share the heads of attention and the step's rows. leads: this
-    is the group's first rank, which gives the results."""
+    is the group's first rank, which gives the results. whole: it is all of the group."""
 
     @property
     def leads(self) -> bool: ...
+
+    @property
+    def whole(self) -> bool: ...
 
     def all_gather(self, *rows: Tensor) -> tuple[Tensor, ...]:
         """Rows of the whole group, in rank order, from each rank's own."""

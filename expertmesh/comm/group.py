@@ -50,6 +50,8 @@ class TPGroup:
     ranks: tuple[int, ...]
     counts: Sequence[int]
 
+    whole = False
+
     @property
     def leads(self) -> bool:
         return self.comm.rank == self.ranks[0]

@@ -78,7 +78,7 @@ def _devices() -> dict[str, Any]:
 
 
 def _kernels() -> dict[str, Any]:
-    kernels = kernels_for("cpu")
+    kernels = kernels_for("cpu", "bfloat16")
     table: dict[str, Any] = dict(kernels.origin)
     table["on reference"] = kernels.on_reference or "none"
     return table
@@ -93,7 +93,7 @@ def _compiler() -> dict[str, Any]:
                 [path, "--version"], capture_output=True, text=True, timeout=10, check=False
             )
             found[name] = (done.stdout.splitlines() or ["?"])[0]
-    return found or {"c++": "none; nothing here needs one yet"}
+    return found or {"c++": "none: library kernels compute, and placements are greedy; install g++"}
 
 
 def _network() -> dict[str, Any]:

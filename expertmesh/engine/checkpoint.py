@@ -215,5 +215,5 @@ def dequantise_blocks(
     while start < rows.stop:
         stop = min(rows.stop, (start // block[0] + 1) * block[0])
         local = slice(start - rows.start, stop - rows.start)
-        target[local] = (part[local].float() * column_scale[start // block[0]]).to(target.dtype)
+        target[local].copy_(part[local].float() * column_scale[start // block[0]])
         start = stop

@@ -45,7 +45,7 @@ class Engine:
         self.generation = _generation_config(folder)
         self.tokenizer = Tokenizer.of(folder, self.model.vocab_size)
         checkpoint = open_checkpoint(folder, self.model)
-        kernels = kernels_for("cpu", config.strict)
+        kernels = kernels_for("cpu", config.dtype_of(self.model), config.strict)
         self.ranks: Ranks
         if config.ranks == "processes":
             self.ranks = ProcessRanks(checkpoint, config, self.layout, kernels, launcher)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from expertmesh.comm.exchange import TieredExchange
+from expertmesh.kernels.packed import slot_bytes
 from expertmesh.mesh.migration import Move
 from expertmesh.mesh.placement import Placement
 from expertmesh.model.deepseek import DeepSeek
@@ -92,7 +93,7 @@ class Mover:
     def _parts(self, layer: int, slot: int) -> list[Tensor]:
         """A slot's weights as bytes."""
         moe = self._moe(layer)
-        return [w[slot].view(torch.uint8).flatten() for w in (moe.gate_up, moe.down)]
+        return [slot_bytes(w, slot) for w in (moe.gate_up, moe.down)]
 
     def _piece(self, move: Move, start: int, stop: int) -> Tensor:
         pieces, first = [], 0

@@ -29,7 +29,7 @@ from expertmesh.mesh.layout import Layout
 from expertmesh.mesh.migration import Move
 from expertmesh.mesh.placement import Placement
 from expertmesh.model.deepseek import DeepSeek
-from expertmesh.model.layers import New
+from expertmesh.model.layers import Made, New
 from expertmesh.request import Batch, StepResult
 from expertmesh.weights import Shard, expert_bytes, static_bytes
 
@@ -117,10 +117,10 @@ def resolve_memory(
         kinds["spare"] = expert_bytes(model, dtype)
     weights = sum(kinds.values()) * sharing
     if together:
-        made: dict[Hashable, Tensor] = {}
+        made: dict[Hashable, Made] = {}
         for shard in shards:
-            DeepSeek(model, shard, kernels, New(TORCH_DTYPES[dtype], torch.device("meta"), made))
-        weights = sum(t.numel() * t.element_size() for t in made.values()) + kinds["spare"] * topology.ranks
+            DeepSeek(model, shard, kernels, New(TORCH_DTYPES[dtype], torch.device("meta"), kernels, made))
+        weights = sum(t.nbytes for t in made.values()) + kinds["spare"] * topology.ranks
     free = free_memory()
     check_memory(checkpoint.folder, weights, free)
     resolved = config.resolve(model, free - weights, sharing)
@@ -171,7 +171,7 @@ class ThreadRanks:
         )
         topology = layout.topology
         self._world = LocalWorld(topology, PATIENCE * config.timeout)
-        new = New(TORCH_DTYPES[self.config.dtype], torch.device("cpu"), {})
+        new = New(TORCH_DTYPES[self.config.dtype], torch.device("cpu"), kernels, {})
         self.runners: list[Runner] = []
         self._comms: list[Comm] = []
         shards = shards_of(layout, config)
@@ -296,7 +296,7 @@ class ThreadRanks:
 
     def reset(self) -> None:
         for runner in self.runners:
-            runner.loads.counts.clear()
+            runner.loads.reset()
         for comm in self._comms:
             comm.sent.clear()
 

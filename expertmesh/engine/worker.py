@@ -116,7 +116,7 @@ class _Rank(RankProcess):
                 tables = self.comm.sent.bytes, self.comm.sent.messages
                 return [{purpose: row.tolist() for purpose, row in table.items()} for table in tables]
             case "reset":
-                self._runner.loads.counts.clear()
+                self._runner.loads.reset()
                 self.comm.sent.clear()
             case other:
                 raise ValueError(f"no such message: {other}")
@@ -125,8 +125,9 @@ class _Rank(RankProcess):
     def begin(self) -> None:
         checkpoint = open_checkpoint(self._folder, ModelConfig.from_folder(self._folder))
         shard = Shard.of(self._number, self._layout.topology, self._layout.placement)
-        new = New(TORCH_DTYPES[self._config.dtype], torch.device("cpu"))
-        model = DeepSeek(checkpoint.config, shard, kernels_for("cpu", self._config.strict), new)
+        kernels = kernels_for("cpu", self._config.dtype, self._config.strict)
+        new = New(TORCH_DTYPES[self._config.dtype], torch.device("cpu"), kernels)
+        model = DeepSeek(checkpoint.config, shard, kernels, new)
         load(checkpoint, model.weights(), shard)
         self._runner = Runner(model, self._config, collectives_of(self._layout, self.comm))
 

@@ -10,7 +10,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention, silu
 from torch.nn.functional import rms_norm as torch_rms_norm
 
 from expertmesh.kernels.reference import LATENT_EPS
-from expertmesh.kernels.types import AttentionRows, Prefill, Rotary
+from expertmesh.kernels.types import AttentionRows, Prefill, Queries, Rotary
 
 # Below this size the weights of all experts are cheap to read, hit or not, next to the calls that reading only the hit
 # ones would take.
@@ -26,6 +26,10 @@ def linear(x_TD: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return torch_linear(x_TD, weight, bias)
     y = torch.mm(weight, x_TD.t()).t()
     return y if bias is None else y + bias
+
+
+def logits(x_TD: Tensor, weight: Tensor) -> Tensor:
+    return linear(x_TD, weight).float()
 
 
 def _weights_first(x_TD: Tensor) -> bool:
@@ -54,17 +58,13 @@ def mla_down(
 
 
 def mla_attention(
-    q_THN: Tensor,
-    q_THP: Tensor,
-    rows: AttentionRows,
-    cache: Tensor,
-    kv_b: Tensor,
-    scale: float,
-    value_dim: int,
+    queries: Queries, rows: AttentionRows, cache: Tensor, kv_b: Tensor, scale: float, value_dim: int
 ) -> Tensor:
     """Absorbed for short queries, so that the latents are attended over as they are; expanded for long ones, where
     the cost of expanding the latents once is spread over many rows."""
-    heads, nope = q_THN.shape[1], q_THN.shape[2]
+    plain, latent = queries.plain, kv_b.shape[-1]
+    heads, nope = plain.shape[1], plain.shape[2] - (cache.shape[-1] - latent)
+    q_THN, q_THP = plain[..., :nope], plain[..., nope:]
     up = kv_b.view(heads, nope + value_dim, -1)
     w_uk, w_uv = up[:, :nope], up[:, nope:]
     parts = []
@@ -218,9 +218,9 @@ def _experts_one_by_one(x_PD: Tensor, counts: list[int], gate_up_SID: Tensor, do
 
 
 def mla_up(
-    c_q: Tensor, c_kv_TC: Tensor, k_TP: Tensor, q_b: Tensor, rotary: Rotary, rows: AttentionRows, cache: Tensor,
-    heads: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    c_q: Tensor, c_kv_TC: Tensor, k_TP: Tensor, q_b: Tensor, kv_b: Tensor, rotary: Rotary, rows: AttentionRows,
+    cache: Tensor, heads: int,
+) -> Queries:  # fmt: skip
     """Query heads and the key that they share are rotated together."""
     rope = k_TP.shape[-1]
     q = linear(c_q, q_b).unflatten(-1, (heads, -1))
@@ -230,4 +230,13 @@ def mla_up(
     both = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(q.dtype)
     latents = torch.cat((c_kv_TC, both[:, -1]), dim=-1)
     cache.view(-1, cache.shape[-1]).index_copy_(0, rows.slots_T, latents)
-    return q[..., :-rope], both[:, :-1]
+    q[..., -rope:] = both[:, :-1]
+    return Queries(q, q[:0])
+
+
+def mla_prologue(
+    x_TD: Tensor, norm_D: Tensor, eps: float, a_XD: Tensor, bias_X: Tensor | None, q_norm: Tensor | None,
+    kv_norm_C: Tensor, q_b: Tensor, kv_b: Tensor, rotary: Rotary, rows: AttentionRows, cache: Tensor, heads: int,
+) -> Queries:  # fmt: skip
+    low = mla_down(x_TD, norm_D, eps, a_XD, bias_X, q_norm, kv_norm_C)
+    return mla_up(*low, q_b, kv_b, rotary, rows, cache, heads)

@@ -5,17 +5,47 @@ Signatures and shapes are documented in `table`.
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding, silu
 from torch.nn.functional import linear as torch_linear
-from torch.nn.functional import silu
 
-from expertmesh.kernels.types import AttentionRows, Rotary, Routing
+from expertmesh.kernels.memory import Arena
+from expertmesh.kernels.types import AttentionRows, Queries, Rotary, Routing
 
 # The norms of the two latents have this epsilon in DeepSeek's code whatever rms_norm_eps says.
 LATENT_EPS = 1e-6
 
 
+def matrix(
+    shape: tuple[int, ...], split: int, dtype: torch.dtype, device: torch.device, arena: Arena
+) -> Tensor:
+    """A plain tensor."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def latent_up(
+    heads: int, nope: int, value: int, latent: int, dtype: torch.dtype, device: torch.device, arena: Arena
+) -> Tensor:
+    return torch.empty(heads * (nope + value), latent, dtype=dtype, device=device)
+
+
+def embed(tokens_T: Tensor, weight_VD: Tensor) -> Tensor:
+    return embedding(tokens_T, weight_VD)
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    return x + y
+
+
+def count(experts_TK: Tensor, counts_E: Tensor) -> None:
+    counts_E += torch.bincount(experts_TK.flatten(), minlength=counts_E.shape[0])
+
+
 def linear(x_TD: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch_linear(x_TD, weight, bias)
+
+
+def logits(x_TD: Tensor, weight: Tensor) -> Tensor:
+    return torch_linear(x_TD, weight).float()
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -54,29 +84,32 @@ def rotate(x_THP: Tensor, rotary: Rotary) -> Tensor:
 
 
 def mla_up(
-    c_q: Tensor, c_kv_TC: Tensor, k_TP: Tensor, q_b: Tensor, rotary: Rotary, rows: AttentionRows, cache: Tensor,
-    heads: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    c_q: Tensor, c_kv_TC: Tensor, k_TP: Tensor, q_b: Tensor, kv_b: Tensor, rotary: Rotary, rows: AttentionRows,
+    cache: Tensor, heads: int,
+) -> Queries:  # fmt: skip
     rope = k_TP.shape[-1]
     q = linear(c_q, q_b).unflatten(-1, (heads, -1))
-    q_THN, q_THP = q[..., :-rope], rotate(q[..., -rope:], rotary)
+    q = torch.cat((q[..., :-rope], rotate(q[..., -rope:], rotary)), dim=-1)
     k_TP = rotate(k_TP.unsqueeze(1), rotary).squeeze(1)
     cache.view(-1, cache.shape[-1])[rows.slots_T] = torch.cat((c_kv_TC, k_TP), dim=-1)
-    return q_THN, q_THP
+    return Queries(q, q[:0])
+
+
+def mla_prologue(
+    x_TD: Tensor, norm_D: Tensor, eps: float, a_XD: Tensor, bias_X: Tensor | None, q_norm: Tensor | None,
+    kv_norm_C: Tensor, q_b: Tensor, kv_b: Tensor, rotary: Rotary, rows: AttentionRows, cache: Tensor, heads: int,
+) -> Queries:  # fmt: skip
+    low = mla_down(x_TD, norm_D, eps, a_XD, bias_X, q_norm, kv_norm_C)
+    return mla_up(*low, q_b, kv_b, rotary, rows, cache, heads)
 
 
 def mla_attention(
-    q_THN: Tensor,
-    q_THP: Tensor,
-    rows: AttentionRows,
-    cache: Tensor,
-    kv_b: Tensor,
-    scale: float,
-    value_dim: int,
+    queries: Queries, rows: AttentionRows, cache: Tensor, kv_b: Tensor, scale: float, value_dim: int
 ) -> Tensor:
     """Expanded keys and values, one sequence after the other (DeepSeek-V2, section 2.1.1)."""
-    heads, nope, latent = q_THN.shape[1], q_THN.shape[2], kv_b.shape[-1]
-    out = q_THN.new_zeros(q_THN.shape[0], heads, value_dim)
+    plain, latent = queries.plain, kv_b.shape[-1]
+    heads, nope = plain.shape[1], plain.shape[2] - (cache.shape[-1] - latent)
+    out = plain.new_zeros(plain.shape[0], heads, value_dim)
     decodes = [(i, 1, int(rows.lengths_B[i]), rows.pages_BM[i]) for i in range(rows.decoding)]
     for first, count, length, pages in decodes + [
         (p.first, p.count, p.length, p.pages_M) for p in rows.prefills
@@ -84,7 +117,7 @@ def mla_attention(
         known = cache[pages].flatten(0, 1)[:length].float()
         up = linear(known[:, :latent], kv_b.float()).view(length, heads, nope + value_dim)
         keys = torch.cat((up[..., :nope], known[:, None, latent:].expand(-1, heads, -1)), dim=-1)
-        query = torch.cat((q_THN[first : first + count], q_THP[first : first + count]), dim=-1).float()
+        query = plain[first : first + count].float()
         scores = torch.einsum("qhd,khd->hqk", query, keys) * scale
         later = torch.ones(count, length, dtype=torch.bool, device=cache.device).triu(length - count + 1)
         weights = scores.masked_fill(later, float("-inf")).softmax(dim=-1)
@@ -109,6 +142,10 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, routing: Routing) -> tuple[T
     if routing.normalise:
         weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
     return experts_TK, weights_TK * routing.scale
+
+
+def router(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
+    return route(torch_linear(x_TD.float(), weight_ED), bias_E, routing)
 
 
 def experts(

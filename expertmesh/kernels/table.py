@@ -5,24 +5,57 @@ S slots per rank, L layers, R rank or received rows, C latent. Here also: N and 
 rotary position and of its value; P the rotary part.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from expertmesh.config import ModelConfig
 from expertmesh.errors import InputError
 from expertmesh.kernels import eager, reference
-from expertmesh.kernels.types import AttentionRows, Rotary, Routing
+from expertmesh.kernels.cpu import Cpu, variants
+from expertmesh.kernels.memory import Arena
+from expertmesh.kernels.packed import LatentUp, Weight
+from expertmesh.kernels.tape import Graph
+from expertmesh.kernels.types import AttentionRows, Queries, Rotary, Routing
+from expertmesh.native import NotBuilt
 
-__all__ = ["AttentionRows", "Kernels", "Rotary", "Routing", "kernels_for"]
+__all__ = ["AttentionRows", "Kernels", "Queries", "Rotary", "Routing", "kernels_for"]
+
+log = logging.getLogger(__name__)
+
+
+class Matrix(Protocol):
+    """Memory for weights [..., N, K] in the form that products want. split: into how many parts the rows of each [N, K]
+    are divided that are computed apart from each other, as gate and up, or heads."""
+
+    def __call__(
+        self, shape: tuple[int, ...], split: int, dtype: torch.dtype, device: torch.device, arena: Arena
+    ) -> Weight: ...
+
+
+class NewLatentUp(Protocol):
+    """Memory for the up-projection of the latents, [heads * (nope + value), latent]."""
+
+    def __call__(
+        self,
+        heads: int,
+        nope: int,
+        value: int,
+        latent: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        arena: Arena,
+    ) -> LatentUp: ...
 
 
 class Linear(Protocol):
     """x [T, D] times weight [X, D], transposed, plus bias [X]. Returns [T, X], in any order in memory."""
 
-    def __call__(self, x_TD: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
+    def __call__(self, x_TD: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor: ...
 
 
 class MlaDown(Protocol):
@@ -41,14 +74,23 @@ class MlaDown(Protocol):
 class MlaUp(Protocol):
     """The half after the gather: queries of my heads, rotary positions, and the write into the paged cache.
 
-    Returns q_N [T, H, N] and q_P [T, H, P] (rotated). Writes (c_kv, rotated k_R) of row t to cache slot
-    rows.slots_T[t].
+    kv_b: the up-projection of the latents, whose keys' part may be absorbed into queries. Writes (c_kv, rotated k_R) of
+    row t to cache slot rows.slots_T[t].
     """
 
     def __call__(
-        self, c_q: Tensor, c_kv_TC: Tensor, k_TP: Tensor, q_b: Tensor, rotary: Rotary, rows: AttentionRows,
-        cache: Tensor, heads: int,
-    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+        self, c_q: Tensor, c_kv_TC: Tensor, k_TP: Tensor, q_b: Weight, kv_b: LatentUp, rotary: Rotary,
+        rows: AttentionRows, cache: Tensor, heads: int,
+    ) -> Queries: ...  # fmt: skip
+
+
+class MlaPrologue(Protocol):
+    """Both halves in one, for a rank whose TP group is itself."""
+
+    def __call__(
+        self, x_TD: Tensor, norm_D: Tensor, eps: float, a: Weight, bias_X: Tensor | None, q_norm: Tensor | None,
+        kv_norm_C: Tensor, q_b: Weight, kv_b: LatentUp, rotary: Rotary, rows: AttentionRows, cache: Tensor, heads: int,
+    ) -> Queries: ...  # fmt: skip
 
 
 class MlaAttention(Protocol):
@@ -58,16 +100,22 @@ class MlaAttention(Protocol):
     """
 
     def __call__(
-        self, q_THN: Tensor, q_THP: Tensor, rows: AttentionRows, cache: Tensor, kv_b: Tensor, scale: float,
+        self,
+        queries: Queries,
+        rows: AttentionRows,
+        cache: Tensor,
+        kv_b: LatentUp,
+        scale: float,
         value_dim: int,
-    ) -> Tensor: ...  # fmt: skip
+    ) -> Tensor: ...
 
 
-class Route(Protocol):
-    """Experts of each row and their weights, [T, K] int64 and float32, from the router's logits [T, E]."""
+class Router(Protocol):
+    """Experts of each row and their weights, [T, K] int64 and float32. Scores are of products with weight [E, D], in
+    float32."""
 
     def __call__(
-        self, logits_TE: Tensor, bias_E: Tensor | None, routing: Routing
+        self, x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, routing: Routing
     ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -78,23 +126,32 @@ class Experts(Protocol):
     """
 
     def __call__(
-        self, x_RD: Tensor, slots_RK: Tensor, weights_RK: Tensor, gate_up_SID: Tensor, down_SDI: Tensor
+        self, x_RD: Tensor, slots_RK: Tensor, weights_RK: Tensor, gate_up_SID: Weight, down_SDI: Weight
     ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """One implementation per op."""
+    """One implementation per op. graph: what records a step's ops and runs them again in one call, where there is
+    such."""
 
+    matrix: Matrix
+    latent_up: NewLatentUp
+    embed: Callable[[Tensor, Tensor], Tensor]
+    add: Callable[[Tensor, Tensor], Tensor]
+    count: Callable[[Tensor, Tensor], None]
     linear: Linear
+    logits: Callable[[Tensor, Weight], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
-    swiglu: Callable[[Tensor, Tensor, Tensor], Tensor]
+    swiglu: Callable[[Tensor, Weight, Weight], Tensor]
     mla_down: MlaDown
     mla_up: MlaUp
+    mla_prologue: MlaPrologue
     mla_attention: MlaAttention
-    route: Route
+    router: Router
     experts: Experts
     origin: dict[str, str]
+    graph: Graph | None = None
 
     @property
     def on_reference(self) -> list[str]:
@@ -102,13 +159,34 @@ class Kernels:
         return [op for op, origin in self.origin.items() if origin == "reference"]
 
 
-OPS = tuple(f.name for f in fields(Kernels) if f.name != "origin")
+OPS = tuple(f.name for f in fields(Kernels) if f.name not in ("origin", "graph"))
 
 
-def kernels_for(device_type: str, strict: bool = False) -> Kernels:
-    """The fastest version of every op on this kind of device; strict refuses to run any on its reference."""
+def kernels_for(device_type: str, dtype: str = "float32", strict: bool = False) -> Kernels:
+    """The fastest version of every op on this kind of device; strict refuses to run any on its reference, or on library
+    kernels where there are some of our own for this type."""
+    graph = None
+    if device_type == "cpu" and dtype == "bfloat16":
+        try:
+            graph = native()
+        except NotBuilt as error:
+            if strict:
+                raise InputError(f"strict: the CPU's own kernels are not there: {error}") from None
+            log.warning("the CPU's own kernels are not there, library kernels take their place: %s", error)
+    kernels = kernels_of(graph)
+    if strict and kernels.on_reference:
+        raise InputError(
+            f"strict: these ops have only their reference on {device_type}: {', '.join(kernels.on_reference)}"
+        )
+    return kernels
+
+
+def kernels_of(graph: Cpu | None) -> Kernels:
+    """The fastest version of every op, with these kernels of the CPU."""
     # Slowest first: a later module's version of an op takes the place of an earlier one's.
-    modules = [("reference", reference), ("eager", eager)]
+    modules: list[tuple[str, Any]] = [("reference", reference), ("eager", eager)]
+    if graph is not None:
+        modules.append((graph.variant.name, graph))
     chosen: dict[str, Callable[..., object]] = {}
     origin: dict[str, str] = {}
     for name, module in modules:
@@ -116,12 +194,19 @@ def kernels_for(device_type: str, strict: bool = False) -> Kernels:
             if hasattr(module, op):
                 chosen[op] = getattr(module, op)
                 origin[op] = name
-    kernels = Kernels(**chosen, origin=origin)  # type: ignore[arg-type]
-    if strict and kernels.on_reference:
-        raise InputError(
-            f"strict: these ops have only their reference on {device_type}: {', '.join(kernels.on_reference)}"
-        )
-    return kernels
+    return Kernels(**chosen, origin=origin, graph=graph)  # type: ignore[arg-type]
+
+
+def native() -> Cpu:
+    """The kernels of the fastest variant that this processor runs and that can be built. NotBuilt where none is."""
+    problem: NotBuilt | None = None
+    for variant in variants():
+        try:
+            return Cpu(variant)
+        except NotBuilt as error:
+            problem = problem or error
+    assert problem is not None
+    raise problem
 
 
 def reference_kernels() -> Kernels:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -25,14 +26,38 @@ class Routing:
 
 @dataclass(frozen=True)
 class Rotary:
-    """Cosines and sines of the rows of a step, [T, 1, P / 2] each, and how a head pairs its numbers.
+    """Positions of the rows of a step [T], the table of cosines and sines of all positions (float32 [positions, P / 2]
+    each), and how a head pairs its numbers.
 
     interleaved: pairs are (0, 1), (2, 3), ... as in DeepSeek's checkpoints; else (0, P/2), (1, P/2 + 1), ...
     """
 
-    cos: Tensor
-    sin: Tensor
+    positions_T: Tensor
+    cosines: Tensor
+    sines: Tensor
     interleaved: bool
+
+    @property
+    def width(self) -> int:
+        return 2 * self.cosines.shape[1]
+
+    @cached_property
+    def cos(self) -> Tensor:
+        """Of the rows, [T, 1, P / 2]."""
+        return self.cosines[self.positions_T, None]
+
+    @cached_property
+    def sin(self) -> Tensor:
+        return self.sines[self.positions_T, None]
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Queries of my heads. The first rows of a step may be absorbed: in the space of the latents, [A, H, C + P]; the
+    others are plain, [T - A, H, N + P]. Their rotary parts are rotated."""
+
+    plain: Tensor
+    absorbed: Tensor
 
 
 @dataclass(frozen=True)

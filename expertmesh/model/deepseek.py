@@ -16,7 +16,9 @@ class DeepSeek:
 
     def __init__(self, config: ModelConfig, shard: Shard, kernels: Kernels, new: New) -> None:
         self.config, self.kernels = config, kernels
-        self.embedding = Embedding(config.vocab_size, config.hidden_size, shard, new.inside("embedding"))
+        self.embedding = Embedding(
+            config.vocab_size, config.hidden_size, shard, kernels, new.inside("embedding")
+        )
         self.layers: list[tuple[MLA, MoE | DenseFFN]] = []
         for layer in range(config.num_hidden_layers):
             ffn: MoE | DenseFFN
@@ -31,7 +33,7 @@ class DeepSeek:
         self.head = Head(
             self.embedding.weight
             if config.tie_word_embeddings
-            else new("head", *self.embedding.weight.shape, part=shard.tp_rank),
+            else new.matrix("head", *self.embedding.weight.shape, part=shard.tp_rank),
             kernels,
         )
 
@@ -39,8 +41,8 @@ class DeepSeek:
         """Hidden state of each of this rank's rows after the last norm, [T, D]."""
         x_TD = self.embedding(step)
         for attention, ffn in self.layers:
-            x_TD = x_TD + attention(x_TD, step)
-            x_TD = x_TD + ffn(x_TD, step)
+            x_TD = self.kernels.add(x_TD, attention(x_TD, step))
+            x_TD = self.kernels.add(x_TD, ffn(x_TD, step))
         return self.kernels.rms_norm(x_TD, self.norm, self.config.rms_norm_eps)
 
     def weights(self) -> Destinations:

@@ -1,7 +1,8 @@
 """Embedding, head and the plain feed-forward layer, each with its share of the TP group's split."""
 
-from collections.abc import Hashable
-from typing import TypeAlias
+from collections.abc import Callable, Hashable
+from copy import copy
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -9,11 +10,15 @@ from torch.nn.functional import embedding
 
 from expertmesh.comm.base import Group
 from expertmesh.kernels import Kernels
+from expertmesh.kernels.memory import Arena
+from expertmesh.kernels.packed import LatentUp, Weight
 from expertmesh.model.step import Step
 from expertmesh.weights import Shard
 
-# Official tensor name -> the part of this rank's memory that it is loaded into.
-Destinations: TypeAlias = dict[str, Tensor]
+# Official tensor name -> the part of this rank's memory that it is loaded into: `copy_` of rows fills it.
+Destinations: TypeAlias = dict[str, Any]
+# A tensor, or what kernels keep weights in.
+Made: TypeAlias = Any
 
 
 class New:
@@ -27,22 +32,46 @@ class New:
         self,
         dtype: torch.dtype,
         device: torch.device,
-        shared: dict[Hashable, Tensor] | None = None,
-        prefix: str = "",
+        kernels: Kernels,
+        shared: dict[Hashable, Made] | None = None,
     ) -> None:
-        self._dtype, self._device, self._prefix = dtype, device, prefix
-        self._shared: dict[Hashable, Tensor] = {} if shared is None else shared
+        self._dtype, self._device, self._kernels = dtype, device, kernels
+        self._shared: dict[Hashable, Made] = {} if shared is None else shared
+        self._arena, self._prefix = Arena(), ""
 
     def inside(self, prefix: str) -> "New":
         """For the weights of one module: their names need not differ from those of others."""
-        return New(self._dtype, self._device, self._shared, f"{self._prefix}{prefix}.")
+        inner = copy(self)
+        inner._prefix = f"{self._prefix}{prefix}."
+        return inner
 
     def __call__(self, name: str, *shape: int, part: Hashable = None, float32: bool = False) -> Tensor:
-        """part: which part of the weight this rank holds, None for the whole. float32: for what is never rounded."""
+        """A tensor. part: which part of the weight this rank holds, None for the whole. float32: for what is never
+        rounded."""
+        dtype = torch.float32 if float32 else self._dtype
+        made: Tensor = self._once(
+            name, shape, part, lambda: torch.empty(shape, dtype=dtype, device=self._device)
+        )
+        return made
+
+    def matrix(self, name: str, *shape: int, split: int = 1, part: Hashable = None) -> Weight:
+        """Weights of products, as these kernels want them (`kernels.table.Matrix`)."""
+        where = self._dtype, self._device, self._arena
+        return self._once(name, shape, part, lambda: self._kernels.matrix(shape, split, *where))
+
+    def latent_up(
+        self, name: str, heads: int, nope: int, value: int, latent: int, part: Hashable = None
+    ) -> LatentUp:
+        """The up-projection of the latents, [heads * (nope + value), latent]."""
+        sizes, where = (heads, nope, value, latent), (self._dtype, self._device, self._arena)
+        return self._once(
+            name, sizes, part, lambda: self._kernels.latent_up(heads, nope, value, latent, *where)
+        )
+
+    def _once(self, name: str, shape: tuple[int, ...], part: Hashable, make: Callable[[], Any]) -> Any:
         key = (self._prefix + name, shape, part)
         if key not in self._shared:
-            dtype = torch.float32 if float32 else self._dtype
-            self._shared[key] = torch.empty(shape, dtype=dtype, device=self._device)
+            self._shared[key] = make()
         return self._shared[key]
 
 
@@ -53,14 +82,15 @@ def prefixed(prefix: str, weights: Destinations) -> Destinations:
 class Embedding:
     """Token embedding, rows of the vocabulary split over the TP group."""
 
-    def __init__(self, vocabulary: int, hidden: int, shard: Shard, new: New) -> None:
+    def __init__(self, vocabulary: int, hidden: int, shard: Shard, kernels: Kernels, new: New) -> None:
+        self.kernels = kernels
         self.part = shard.part(vocabulary, "vocab_size")
         self.vocabulary = vocabulary
         self.weight = new("weight", len(self.part), hidden, part=shard.tp_rank)
 
     def __call__(self, step: Step) -> Tensor:
         if len(self.part) == self.vocabulary:
-            return embedding(step.tokens_T, self.weight)
+            return self.kernels.embed(step.tokens_T, self.weight)
         local = step.tokens_T - self.part.start
         mine = (local >= 0) & (local < len(self.part))
         rows = embedding(local.where(mine, 0), self.weight) * mine.unsqueeze(-1)
@@ -73,11 +103,13 @@ class Embedding:
 class Head:
     """Logits of rows that the whole TP group has, float32 [T, vocabulary]. The vocabulary is split over the group."""
 
-    def __init__(self, weight_VD: Tensor, kernels: Kernels) -> None:
+    def __init__(self, weight_VD: Weight, kernels: Kernels) -> None:
         self.weight, self.kernels = weight_VD, kernels
 
     def __call__(self, x_TD: Tensor, tp: Group) -> Tensor | None:
         """On the group's first rank, which samples; the others send it their part."""
+        if tp.whole:
+            return self.kernels.logits(x_TD, self.weight)
         logits = tp.gather_columns(self.kernels.linear(x_TD, self.weight))
         return None if logits is None else logits.float()
 
@@ -89,8 +121,8 @@ class DenseFFN:
         self.kernels, self.eps = kernels, eps
         self.norm = new("norm", hidden)
         self.half = len(shard.part(width, "intermediate_size"))
-        self.gate_up = new("gate_up", 2 * self.half, hidden, part=shard.tp_rank)
-        self.down = new("down", hidden, self.half, part=shard.tp_rank)
+        self.gate_up = new.matrix("gate_up", 2 * self.half, hidden, split=2, part=shard.tp_rank)
+        self.down = new.matrix("down", hidden, self.half, part=shard.tp_rank)
 
     def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
         (x_TD,) = step.tp.all_gather(self.kernels.rms_norm(x_TD, self.norm, self.eps))

@@ -19,26 +19,29 @@ class MLA:
         self.first_tp_rank = shard.tp_rank == 0
         part = shard.tp_rank
         self.norm = new("norm", c.hidden_size)
-        self.a = new("a", (c.q_lora_rank or 0) + c.latent_dim, c.hidden_size)
+        self.a = new.matrix("a", (c.q_lora_rank or 0) + c.latent_dim, c.hidden_size)
         self.q_norm = new("q_norm", c.q_lora_rank) if c.q_lora_rank else None
         self.kv_norm = new("kv_norm", c.kv_lora_rank)
-        self.q_b = new("q_b", self.heads * c.qk_head_dim, c.q_lora_rank or c.hidden_size, part=part)
-        kv_heads = self.heads * (c.qk_nope_head_dim + c.v_head_dim)
-        self.kv_b = new("kv_b", kv_heads, c.kv_lora_rank, part=part)
-        self.o = new("o", c.hidden_size, self.heads * c.v_head_dim, part=part)
+        queries = self.heads * c.qk_head_dim, c.q_lora_rank or c.hidden_size
+        self.q_b = new.matrix("q_b", *queries, split=self.heads, part=part)
+        self.kv_b = new.latent_up(
+            "kv_b", self.heads, c.qk_nope_head_dim, c.v_head_dim, c.kv_lora_rank, part=part
+        )
+        self.o = new.matrix("o", c.hidden_size, self.heads * c.v_head_dim, part=part)
         self.a_bias = new("a_bias", self.a.shape[0]) if c.attention_bias else None
         self.o_bias = new("o_bias", c.hidden_size) if c.attention_bias else None
 
     def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
-        k, cache = self.kernels, step.cache[self.layer]
-        c_q, c_kv, k_R = k.mla_down(
-            x_TD, self.norm, self.config.rms_norm_eps, self.a, self.a_bias, self.q_norm, self.kv_norm
-        )
-        c_q, c_kv, k_R = step.tp.all_gather(c_q, c_kv, k_R)
-        q_N, q_P = k.mla_up(c_q, c_kv, k_R, self.q_b, step.rotary, step.rows, cache, self.heads)
-        out = k.mla_attention(
-            q_N, q_P, step.rows, cache, self.kv_b, self.config.softmax_scale, self.config.v_head_dim
-        )
+        k, c, cache = self.kernels, self.config, step.cache[self.layer]
+        down = (x_TD, self.norm, c.rms_norm_eps, self.a, self.a_bias, self.q_norm, self.kv_norm)
+        up = (self.q_b, self.kv_b, step.rotary, step.rows, cache, self.heads)
+        if step.tp.whole:
+            queries = k.mla_prologue(*down, *up)
+        else:
+            # What is gathered is of low rank: 2,112 numbers a row of V3, not 7,168.
+            c_q, c_kv, k_R = step.tp.all_gather(*k.mla_down(*down))
+            queries = k.mla_up(c_q, c_kv, k_R, *up)
+        out = k.mla_attention(queries, step.rows, cache, self.kv_b, c.softmax_scale, c.v_head_dim)
         # The bias is added once, by the first rank, before the sum over the group.
         return step.tp.reduce_scatter(k.linear(out, self.o, self.o_bias if self.first_tp_rank else None))
 

@@ -1,7 +1,6 @@
 """Mixture of experts (DeepSeek-V3, section 2.1.2): route my rows, dispatch, experts, combine, shared experts."""
 
 from torch import Tensor
-from torch.nn.functional import linear
 
 from expertmesh.config import ModelConfig
 from expertmesh.kernels import Kernels
@@ -24,23 +23,23 @@ class MoE:
         self.bias = new("bias", c.n_routed_experts, float32=True) if c.topk_method == "noaux_tc" else None
         width = c.moe_intermediate_size
         part = (self.slots, shard.own)
-        self.gate_up = new("gate_up", len(self.slots), 2 * width, c.hidden_size, part=part)
-        self.down = new("down", len(self.slots), c.hidden_size, width, part=part)
+        self.gate_up = new.matrix("gate_up", len(self.slots), 2 * width, c.hidden_size, split=2, part=part)
+        self.down = new.matrix("down", len(self.slots), c.hidden_size, width, part=part)
         self.shared_width = width * c.n_shared_experts
         if self.shared_width:
-            self.shared_gate_up = new("shared_gate_up", 2 * self.shared_width, c.hidden_size)
-            self.shared_down = new("shared_down", c.hidden_size, self.shared_width)
+            self.shared_gate_up = new.matrix("shared_gate_up", 2 * self.shared_width, c.hidden_size, split=2)
+            self.shared_down = new.matrix("shared_down", c.hidden_size, self.shared_width)
 
     def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
         k = self.kernels
         x_TD = k.rms_norm(x_TD, self.norm, self.config.rms_norm_eps)
-        experts_TK, weights_TK = k.route(linear(x_TD.float(), self.router), self.bias, self.routing)
+        experts_TK, weights_TK = k.router(x_TD, self.router, self.bias, self.routing)
         step.loads.record(self.layer, experts_TK, self.config.n_routed_experts)
         received = step.exchange.dispatch(self.layer, x_TD, experts_TK, weights_TK)
         y_RD = k.experts(received.x_RD, received.slots_RK, received.weights_RK, self.gate_up, self.down)
         y_TD = step.exchange.combine(y_RD, received)
         if self.shared_width:
-            y_TD = y_TD + k.swiglu(x_TD, self.shared_gate_up, self.shared_down)
+            y_TD = k.add(y_TD, k.swiglu(x_TD, self.shared_gate_up, self.shared_down))
         return y_TD
 
     def weights(self) -> Destinations:

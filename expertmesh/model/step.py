@@ -1,6 +1,7 @@
 """What the model is handed for one step: its rows, the cache, and the collectives of its rank."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,16 +10,27 @@ from expertmesh.comm.base import Exchange, Group
 from expertmesh.kernels import AttentionRows, Rotary
 
 
-@dataclass
 class Loads:
     """How many of this rank's own rows chose each expert, per layer with routed experts."""
 
-    counts: dict[int, Tensor] = field(default_factory=dict)
+    # Whether what is recorded is an op like any other, so that a step that is run again counts again.
+    repeatable = True
+
+    def __init__(self, count: Callable[[Tensor, Tensor], None]) -> None:
+        """count: the op that adds chosen experts to counts."""
+        self._count = count
+        self.counts: dict[int, Tensor] = {}
 
     def record(self, layer: int, experts_TK: Tensor, experts: int) -> None:
-        new = torch.bincount(experts_TK.flatten(), minlength=experts)
-        old = self.counts.get(layer)
-        self.counts[layer] = new if old is None else old.add_(new)
+        counts = self.counts.get(layer)
+        if counts is None:
+            counts = self.counts[layer] = torch.zeros(experts, dtype=torch.int64)
+        self._count(experts_TK, counts)
+
+    @torch.inference_mode()
+    def reset(self) -> None:
+        for counts in self.counts.values():
+            counts.zero_()
 
 
 @dataclass(frozen=True)

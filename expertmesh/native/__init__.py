@@ -1,8 +1,8 @@
 """C++ that is compiled when it is first needed, and kept. Without a compiler its callers use their plain versions.
 
-A library is one source file with a C interface. It is built next to the source, in the folder that Python keeps its own
-compiled files in, or where that is not writable in the user's cache; its name says what it was made of, so that a
-changed source makes another one.
+A library is one source file with a C interface, and the headers beside it. It is built next to the source, in the
+folder that Python keeps its own compiled files in, or where that is not writable in the user's cache; its name says
+what it was made of, so that a changed source makes another one.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 SOURCES = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-w")
 ADVICE = "install g++ or clang++"
 
 
@@ -28,29 +28,29 @@ class NotBuilt(RuntimeError):
     """Why a library is not there, and what to do."""
 
 
-def library(name: str) -> ctypes.CDLL:
-    """Loads native/<name>.cpp, building it before where that has not been done. NotBuilt where it cannot be; that is
-    found out once."""
-    found = _found(name)
+def library(name: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """Loads native/<name>.cpp, built with these further flags of the compiler, building it before where that has not
+    been done. NotBuilt where it cannot be; that is found out once."""
+    found = _found(name, flags)
     if isinstance(found, NotBuilt):
         raise found.with_traceback(None)
     return found
 
 
 @functools.cache
-def _found(name: str) -> ctypes.CDLL | NotBuilt:
+def _found(name: str, flags: tuple[str, ...]) -> ctypes.CDLL | NotBuilt:
     try:
-        return _load(name)
+        return _load(name, (*FLAGS, *flags))
     except NotBuilt as error:
         return error
     except OSError as error:  # a full disk; a file that another system has built
         return NotBuilt(f"{name} cannot be built or loaded: {error}")
 
 
-def _load(name: str) -> ctypes.CDLL:
+def _load(name: str, flags: tuple[str, ...]) -> ctypes.CDLL:
     source = SOURCES / f"{name}.cpp"
     compiler = next((path for path in map(shutil.which, COMPILERS) if path), None)
-    stem = f"{name}-{_fingerprint(source)}-{platform.machine()}.so"
+    stem = f"{source.stem}-{_fingerprint(source, flags)}-{platform.machine()}.so"
     folders = [SOURCES / "__pycache__", Path.home() / ".cache" / "expertmesh"]
     for folder in folders:
         if (folder / stem).exists():
@@ -59,7 +59,7 @@ def _load(name: str) -> ctypes.CDLL:
         raise NotBuilt(f"no C++ compiler is installed; {ADVICE}")
     for folder in folders:
         if _writable(folder):
-            return ctypes.CDLL(str(_build(compiler, source, folder / stem)))
+            return ctypes.CDLL(str(_build(compiler, source, flags, folder / stem)))
     raise NotBuilt(f"neither {folders[0]} nor {folders[1]} can be written to")
 
 
@@ -71,8 +71,10 @@ def available(name: str) -> bool:
     return True
 
 
-def _fingerprint(source: Path) -> str:
-    return hashlib.sha256(source.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:16]
+def _fingerprint(source: Path, flags: tuple[str, ...]) -> str:
+    headers = sorted(source.parent.glob("*.h"))
+    parts = [file.read_bytes() for file in (source, *headers)] + [" ".join(flags).encode()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
 def _writable(folder: Path) -> bool:
@@ -83,14 +85,20 @@ def _writable(folder: Path) -> bool:
     return os.access(folder, os.W_OK)
 
 
-def _build(compiler: str, source: Path, target: Path) -> Path:
-    """Under another name first: several processes may build at the same time, and none may load half a file."""
+def _build(compiler: str, source: Path, flags: tuple[str, ...], target: Path) -> Path:
+    """Under another name first: several processes may build at the same time, and none may load half a file.
+
+    In two steps: linked without the flags, a library that was compiled for OpenMP brings no runtime of its own but
+    takes that of the process, which is torch's. Two teams of threads that spin beside each other cost a factor of ten.
+    """
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        made = Path(scratch) / target.name
-        done = subprocess.run([compiler, *FLAGS, "-o", made, source], capture_output=True, text=True)
-        if done.returncode:
-            said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[0]
-            raise NotBuilt(f"{compiler} fails on {source.name}: {said}; {ADVICE}")
+        compiled, made = Path(scratch) / "compiled.o", Path(scratch) / target.name
+        steps = [*flags, "-c", str(source), "-o", str(compiled)], ["-shared", str(compiled), "-o", str(made)]
+        for command in steps:
+            done = subprocess.run([compiler, *command], capture_output=True, text=True)
+            if done.returncode:
+                said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[0]
+                raise NotBuilt(f"{compiler} fails on {source.name}: {said}; {ADVICE}")
         os.replace(made, target)
     return target
 

@@ -53,7 +53,8 @@ def opened(folder: Path) -> Checkpoint:
 
 
 def model_of(config: ModelConfig, shard: Shard, dtype: torch.dtype, device: str = "cpu") -> DeepSeek:
-    return DeepSeek(config, shard, kernels_for("cpu"), New(dtype, torch.device(device)))
+    kernels = kernels_for("cpu")
+    return DeepSeek(config, shard, kernels, New(dtype, torch.device(device), kernels))
 
 
 def loaded(folder: Path, shard: Shard | None = None, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

@@ -64,20 +64,26 @@ def test_threads_share_what_is_the_same(tiny_folder: Path) -> None:
 
 @pytest.mark.parametrize("redundant", [0, 64])
 @pytest.mark.parametrize(("nodes", "cards", "tp"), [(2, 8, 8), (8, 8, 8), (8, 8, 1), (8, 8, 2)])
-def test_memory_of_v3_is_what_the_formula_says(nodes: int, cards: int, tp: int, redundant: int) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_of_v3_is_what_the_formula_says(
+    nodes: int, cards: int, tp: int, redundant: int, dtype: str
+) -> None:
     """The engine's own allocation, on the meta device, kind by kind."""
     config = ModelConfig.from_dict(official_config("deepseek-v3"))
     layout = Layout.of(config, Topology(nodes, cards, tp), "two_tier", redundant)
     for rank in (0, layout.topology.ranks - 1):
         shard = Shard.of(rank, layout.topology, layout.placement)
-        made: dict[Any, torch.Tensor] = {}
-        DeepSeek(config, shard, kernels_for("cpu"), New(torch.bfloat16, torch.device("meta"), made))
-        formula = static_bytes(config, "bfloat16", shard)
-        assert sum(t.numel() * t.element_size() for t in made.values()) == sum(formula.values())
+        made: dict[Any, Any] = {}
+        kernels = kernels_for("cpu", dtype)
+        DeepSeek(config, shard, kernels, New(getattr(torch, dtype), torch.device("meta"), kernels, made))
+        formula = static_bytes(config, dtype, shard)
+        assert sum(t.nbytes for t in made.values()) == sum(formula.values())
         routed = [
-            t for (name, *_), t in made.items() if name.endswith(("ffn.gate_up", "ffn.down")) and t.ndim == 3
+            t
+            for (name, *_), t in made.items()
+            if name.endswith(("ffn.gate_up", "ffn.down")) and len(t.shape) == 3
         ]
-        assert sum(t.numel() * t.element_size() for t in routed) == formula["routed"]
+        assert sum(t.nbytes for t in routed) == formula["routed"]
 
 
 def test_routed_experts_of_64_cards_are_a_quarter_of_those_of_16() -> None:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from expertmesh.kernels import Rotary, Routing, reference
+from expertmesh.kernels import Queries, Rotary, Routing, reference
 from expertmesh.kernels.reference import LATENT_EPS
 from tests.kernels.test_ops import BATCHES, attention_arguments, expert_batches, routings
 from tests.support.attention import Sizes, normal, row_count, rows_of
@@ -36,7 +36,8 @@ def test_latent_norms_have_their_own_epsilon() -> None:
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_rotation_is_multiplication_of_complex_numbers(interleaved: bool) -> None:
     x, angles = normal(5, 3, 8, seed=1), normal(5, 1, 4, seed=2, scale=3)
-    out = reference.rotate(x, Rotary(angles.cos(), angles.sin(), interleaved))
+    cos, sin = angles.squeeze(1).cos(), angles.squeeze(1).sin()
+    out = reference.rotate(x, Rotary(torch.arange(5), cos, sin, interleaved))
     first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., :4], x[..., 4:])
     turned = torch.complex(first, second) * torch.polar(torch.ones(5, 1, 4), angles)
     torch.testing.assert_close(out, torch.cat((turned.real, turned.imag), -1))
@@ -48,7 +49,8 @@ def test_attention(batch: str) -> None:
     sizes = Sizes()
     rows, pages = rows_of(BATCHES[batch], sizes, seed=9)
     q_n, q_p, cache, kv_b = attention_arguments(row_count(BATCHES[batch]), pages, sizes, torch.float32)
-    found = reference.mla_attention(q_n, q_p, rows, cache, kv_b, 0.4, sizes.value)
+    plain = torch.cat((q_n, q_p), -1)
+    found = reference.mla_attention(Queries(plain, plain[:0]), rows, cache, kv_b, 0.4, sizes.value)
     flat = cache.flatten(0, 1)
     expected = torch.zeros_like(found).view(-1, sizes.heads, sizes.value)
     for row, slots in enumerate(slots_seen(BATCHES[batch], rows_of(BATCHES[batch], sizes, seed=9)[0], sizes)):

@@ -115,7 +115,8 @@ def test_a_library_that_cannot_be_loaded(unbuilt: Path) -> None:
     made = Path(native.library("balance")._name)
     (unbuilt / "other.cpp").write_bytes(b"")
     stem = made.name.replace("balance", "other").replace(
-        native._fingerprint(unbuilt / "balance.cpp"), native._fingerprint(unbuilt / "other.cpp")
+        native._fingerprint(unbuilt / "balance.cpp", native.FLAGS),
+        native._fingerprint(unbuilt / "other.cpp", native.FLAGS),
     )
     (made.parent / stem).write_text("no library")
     with pytest.raises(native.NotBuilt, match=r"^other cannot be built or loaded: .*") as raised:

@@ -1,0 +1,78 @@
+// Matrices into the order that products read them in.
+#pragma once
+#include "product.h"
+
+// Rows [first, first + count) of a bfloat16 matrix, `stride` apart, become rows of the packed one (of one part).
+inline void pack_bfloat16(const bf16* from, i64 stride, i64 first, i64 count, i64 columns, char* data) {
+    i64 chunks = up(columns, 32);
+    for (i64 r = 0; r < count; ++r) {
+        i64 row = first + r;
+        char* block = data + row / LANES * chunks * TILE + row % LANES * 4;
+        const bf16* source = from + r * stride;
+        for (i64 k = 0; k + 1 < columns; k += 2) memcpy(block + k / 2 * 64, source + k, 4);
+        if (columns % 2) memcpy(block + columns / 2 * 64, source + columns - 1, 2);
+    }
+}
+
+#if defined(__AVX512F__)
+// Sixteen rows of sixteen groups of four bytes, turned over.
+INLINE void turn(const char* from, i64 stride, char* to) {
+    __m512i r[16], t[16];
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(from + i * stride);
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    // r[4 * q + j]: rows 4q to 4q + 3, groups j, 4 + j, 8 + j, 12 + j.
+    for (int j = 0; j < 4; ++j) {
+        __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+        __m512i c = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd), d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+        _mm512_storeu_si512(to + j * 64, _mm512_shuffle_i32x4(a, b, 0x88));
+        _mm512_storeu_si512(to + (4 + j) * 64, _mm512_shuffle_i32x4(c, d, 0x88));
+        _mm512_storeu_si512(to + (8 + j) * 64, _mm512_shuffle_i32x4(a, b, 0xdd));
+        _mm512_storeu_si512(to + (12 + j) * 64, _mm512_shuffle_i32x4(c, d, 0xdd));
+    }
+}
+#else
+INLINE void turn(const char* from, i64 stride, char* to) {
+    for (int i = 0; i < 16; ++i)
+        for (int k = 0; k < 16; ++k) memcpy(to + k * 64 + i * 4, from + i * stride + k * 4, 4);
+}
+#endif
+
+// A whole block of up to 16 rows, what is missing set to 0.
+inline void pack_block(const char* from, i64 stride, i64 rows, i64 bytes, char* to) {
+    for (i64 c = 0; c * CHUNK < bytes; ++c) {
+        i64 width = std::min(CHUNK, bytes - c * CHUNK);
+        if (rows == LANES && width == CHUNK) {
+            turn(from + c * CHUNK, stride, to + c * TILE);
+            continue;
+        }
+        alignas(64) char square[TILE] = {};
+        for (i64 r = 0; r < rows; ++r) memcpy(square + r * CHUNK, from + r * stride + c * CHUNK, width);
+        turn(square, CHUNK, to + c * TILE);
+    }
+}
+
+// Rows of numbers (vectors of bfloat16, `stride` apart) as inputs: out[column][row], `rows` of them, to chunks of 32 rows.
+// Packs columns [0, 16 * blocks) of them as outputs: what turns values into a matrix that weights multiply.
+inline void pack_columns(const bf16* const* row, i64 rows, i64 blocks, char* to) {
+    i64 chunks = up(rows, 32);
+    for (i64 c = 0; c < chunks; ++c)
+        for (i64 k = 0; k < 16; ++k) {
+            i64 i = c * 32 + 2 * k;
+            for (i64 b = 0; b < blocks; ++b) {
+                H16 even = {}, odd = {};
+                if (i < rows) memcpy(&even, row[i] + b * LANES, 32);
+                if (i + 1 < rows) memcpy(&odd, row[i + 1] + b * LANES, 32);
+                U16 both = __builtin_convertvector(even, U16) | (__builtin_convertvector(odd, U16) << 16);
+                *reinterpret_cast<U16*>(to + (b * chunks + c) * TILE + k * 64) = both;
+            }
+        }
+}

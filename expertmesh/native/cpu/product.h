@@ -1,0 +1,410 @@
+// Rows times a packed matrix: the one loop that nearly all time is spent in.
+//
+// A matrix is kept in blocks of 16 of its rows (outputs) and chunks of 64 bytes of each (32 bfloat16 or 64 int8 inputs):
+// [block][chunk][16 groups of 4 bytes][16 outputs][4 bytes]. A group of all outputs is one vector register, a chunk one
+// tile register, and a block one stream of memory. Rows come in tiles of up to 16 of them: [tile][chunk][row][64 bytes].
+// What a row gives is summed in one order whatever other rows there are.
+#pragma once
+#include "vectors.h"
+
+enum Format : i64 { BFLOAT16 = 0, INT8 = 1 };
+constexpr i64 CHUNK = 64;         // bytes of a row in a chunk
+constexpr i64 TILE = 16 * CHUNK;  // bytes of a chunk of a block
+constexpr i64 CHUNKS = 32;        // of a block that are gone through for all rows before the next: they stay in cache
+
+inline i64 per_chunk(i64 format) { return format == INT8 ? 64 : 32; }
+
+struct Matrix {
+    const char* data;
+    i64 format, parts, rows, columns;  // rows of each part; each begins with a block of its own
+    const float* scale;                // int8: of each output, padded as the blocks are
+    const int32_t* sums;               // int8: of the inputs of each output
+
+    i64 blocks() const { return up(rows, LANES); }
+    i64 chunks() const { return up(columns, per_chunk(format)); }
+    i64 block_bytes() const { return chunks() * TILE; }
+    Matrix part(i64 i) const {
+        i64 first = i * blocks();
+        return {data + first * block_bytes(), format, 1, rows, columns, scale + first * LANES, sums + first * LANES};
+    }
+};
+
+// Rows that are to be multiplied, in the form that a matrix of this format takes.
+struct Rows {
+    char* tiles;
+    float* scale;  // int8: of each row
+    i64 format, count, columns;
+
+    i64 high() const { return std::min<i64>(count, LANES); }
+    i64 chunks() const { return up(columns, per_chunk(format)); }
+    i64 tile_bytes() const { return chunks() * high() * CHUNK; }
+    char* at(i64 row) const { return tiles + row / LANES * tile_bytes() + row % LANES * CHUNK; }
+
+    static Rows in(Space& space, i64 format, i64 count, i64 columns) {
+        Rows rows{nullptr, nullptr, format, count, columns};
+        rows.tiles = space.take<char>(up(count, LANES) * rows.tile_bytes());
+        rows.scale = space.take<float>(format == INT8 ? count : 0);
+        return rows;
+    }
+
+    template <class T> void put(i64 row, const T* x) const {
+        char* to = at(row);
+        i64 step = high() * CHUNK;
+        if (format == INT8) return quantise(row, x, to, step);
+        i64 c = 0;
+        for (; (c + 1) * 32 <= columns; ++c)
+            for (int half = 0; half < 32; half += LANES)
+                copy(reinterpret_cast<bf16*>(to + c * step) + half, x + c * 32 + half);
+        if (c * 32 < columns) {
+            bf16* last = reinterpret_cast<bf16*>(to + c * step);
+            for (int i = 0; i < 32; ++i) last[i] = c * 32 + i < columns ? as_bf16(x[c * 32 + i]) : 0;
+        }
+    }
+
+    // Sixteen numbers of a bfloat16 row, from a column that is a multiple of sixteen.
+    void put_lanes(i64 row, i64 column, F16 x) const {
+        store(reinterpret_cast<bf16*>(at(row) + column / 32 * high() * CHUNK) + column % 32, x);
+    }
+
+private:
+    static void copy(bf16* to, const bf16* x) { memcpy(to, x, 32); }
+    static void copy(bf16* to, const float* x) { store(to, load(x)); }
+    static bf16 as_bf16(bf16 x) { return x; }
+    static bf16 as_bf16(float x) { return narrow(x); }
+
+    // To whole numbers of -127 to 127 and the size of one of them; kept 128 higher, which products want.
+    template <class T> void quantise(i64 row, const T* x, char* to, i64 step) const {
+        F16 most = {};
+        by_lanes(columns, [&](i64 i, int lanes) { most = max(most, abs(load(x + i, lanes))); });
+        float amax = largest(most);
+        scale[row] = amax / 127.0f;
+        F16 inverse = all(amax > 0 ? 127.0f / amax : 0.0f);
+        for (i64 c = 0; c * 64 < columns; ++c)
+            for (i64 i = 0; i < 64; i += LANES) {
+                i64 first = c * 64 + i;
+                int lanes = int(std::min<i64>(LANES, columns - first));
+                F16 v = lanes > 0 ? load(x + first, lanes) * inverse : F16{};
+                I16 q = __builtin_convertvector(v + (F16)((U16)all(0.5f) | ((U16)v & 0x80000000u)), I16);
+                *reinterpret_cast<B16*>(to + c * step + i) = __builtin_convertvector(q + 128, B16);
+            }
+    }
+};
+
+// Sums of a tile of rows (x, `step` bytes from chunk to chunk) with NB blocks (w, `next` bytes from block to block), over
+// some chunks. Goes on from what is in out, unless fresh. out: [rows][ld], float for bfloat16, int32 for int8.
+namespace portable {
+template <int R, int NB> INLINE void bfloat16(
+    const char* x, i64 step, const char* w, i64 next, i64 chunks, float* out, i64 ld, bool fresh) {
+    F16 sums[R][NB];
+    for (int r = 0; r < R; ++r)
+        for (int b = 0; b < NB; ++b) sums[r][b] = fresh ? F16{} : load(out + r * ld + b * LANES);
+    for (i64 c = 0; c < chunks; ++c)
+        for (int k = 0; k < 16; ++k) {
+            F16 even[NB], odd[NB];
+            for (int b = 0; b < NB; ++b) {
+                U16 pair = *reinterpret_cast<const U16*>(w + b * next + c * TILE + k * 64);
+                even[b] = (F16)(pair << 16);
+                odd[b] = (F16)(pair & 0xffff0000u);
+            }
+            for (int r = 0; r < R; ++r) {
+                const bf16* pair = reinterpret_cast<const bf16*>(x + c * step + r * CHUNK + k * 4);
+                F16 first = all(widen(pair[0])), second = all(widen(pair[1]));
+                for (int b = 0; b < NB; ++b) sums[r][b] += first * even[b] + second * odd[b];
+            }
+        }
+    for (int r = 0; r < R; ++r)
+        for (int b = 0; b < NB; ++b) store(out + r * ld + b * LANES, sums[r][b]);
+}
+
+template <int R, int NB> INLINE void int8(
+    const char* x, i64 step, const char* w, i64 next, i64 chunks, int32_t* out, i64 ld, bool fresh) {
+    I16 sums[R][NB];
+    for (int r = 0; r < R; ++r)
+        for (int b = 0; b < NB; ++b)
+            sums[r][b] = fresh ? I16{} : *reinterpret_cast<I16*>(out + r * ld + b * LANES);
+    for (i64 c = 0; c < chunks; ++c)
+        for (int k = 0; k < 16; ++k)
+            for (int b = 0; b < NB; ++b) {
+                I16 four = *reinterpret_cast<const I16*>(w + b * next + c * TILE + k * 64);
+                for (int i = 0; i < 4; ++i) {
+                    I16 one = (four << (24 - 8 * i)) >> 24;
+                    for (int r = 0; r < R; ++r)
+                        sums[r][b] += one * int32_t(uint8_t(x[c * step + r * CHUNK + k * 4 + i]));
+                }
+            }
+    for (int r = 0; r < R; ++r)
+        for (int b = 0; b < NB; ++b) *reinterpret_cast<I16*>(out + r * ld + b * LANES) = sums[r][b];
+}
+}  // namespace portable
+
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+namespace avx512 {
+INLINE void ahead(const char* w, i64 next, i64 left, int blocks) {
+    // The streams of these blocks end where those of the next ones begin.
+    const i64 far = 4 * 1024;
+    const char* p = left * TILE > far ? w + far : w + far + (blocks - 1) * next;
+    _mm_prefetch(p, _MM_HINT_T0);
+}
+
+template <int R, int NB> INLINE void bfloat16(
+    const char* x, i64 step, const char* w, i64 next, i64 chunks, float* out, i64 ld, bool fresh) {
+    __m512 sums[R][NB];
+    for (int r = 0; r < R; ++r)
+        for (int b = 0; b < NB; ++b)
+            sums[r][b] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(out + r * ld + b * LANES);
+    for (i64 c = 0; c < chunks; ++c)
+        for (int k = 0; k < 16; ++k) {
+            __m512bh v[NB];
+            for (int b = 0; b < NB; ++b) {
+                const char* at = w + b * next + c * TILE + k * 64;
+                v[b] = (__m512bh)_mm512_loadu_si512(at);
+                ahead(at, next, chunks - c, NB);
+            }
+            for (int r = 0; r < R; ++r) {
+                int32_t pair;
+                memcpy(&pair, x + c * step + r * CHUNK + k * 4, 4);
+                __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+                for (int b = 0; b < NB; ++b) sums[r][b] = _mm512_dpbf16_ps(sums[r][b], v[b], both);
+            }
+        }
+    for (int r = 0; r < R; ++r)
+        for (int b = 0; b < NB; ++b) _mm512_storeu_ps(out + r * ld + b * LANES, sums[r][b]);
+}
+
+template <int R, int NB> INLINE void int8(
+    const char* x, i64 step, const char* w, i64 next, i64 chunks, int32_t* out, i64 ld, bool fresh) {
+    __m512i sums[R][NB];
+    for (int r = 0; r < R; ++r)
+        for (int b = 0; b < NB; ++b)
+            sums[r][b] = fresh ? _mm512_setzero_si512() : _mm512_loadu_si512(out + r * ld + b * LANES);
+    for (i64 c = 0; c < chunks; ++c)
+        for (int k = 0; k < 16; ++k) {
+            __m512i v[NB];
+            for (int b = 0; b < NB; ++b) {
+                const char* at = w + b * next + c * TILE + k * 64;
+                v[b] = _mm512_loadu_si512(at);
+                ahead(at, next, chunks - c, NB);
+            }
+            for (int r = 0; r < R; ++r) {
+                int32_t four;
+                memcpy(&four, x + c * step + r * CHUNK + k * 4, 4);
+                __m512i each = _mm512_set1_epi32(four);
+                for (int b = 0; b < NB; ++b) sums[r][b] = _mm512_dpbusd_epi32(sums[r][b], each, v[b]);
+            }
+        }
+    for (int r = 0; r < R; ++r)
+        for (int b = 0; b < NB; ++b) _mm512_storeu_si512(out + r * ld + b * LANES, sums[r][b]);
+}
+}  // namespace avx512
+namespace vector = avx512;
+constexpr int MOST_ROWS = 6, MOST_BLOCKS = 4;
+#else
+namespace vector = portable;
+#if defined(__AVX512F__)
+constexpr int MOST_ROWS = 6, MOST_BLOCKS = 2;
+#else
+constexpr int MOST_ROWS = 2, MOST_BLOCKS = 2;
+#endif
+#endif
+
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__)
+// Tile registers: 0 to 3 sums, 4 and 5 rows, 6 and 7 blocks.
+namespace amx {
+struct alignas(64) Config {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {};
+};
+inline thread_local i64 configured = 0;
+
+inline void configure(i64 high) {
+    if (configured == high) return;
+    Config config;
+    for (int i = 0; i < 8; ++i) config.rows[i] = uint8_t(i < 6 ? high : 16);
+    asm volatile("" : : "r"(&config) : "memory");
+    _tile_loadconfig(&config);
+    configured = high;
+}
+inline void release() {
+    if (configured) _tile_release();
+    configured = 0;
+}
+
+#define SUM(to, x, w)                                       \
+    do {                                                    \
+        if constexpr (format == INT8) _tile_dpbusd(to, x, w); \
+        else _tile_dpbf16ps(to, x, w);                      \
+    } while (0)
+
+INLINE void ahead(const char* w, i64 next, i64 left, int blocks) {
+    const i64 far = 4 * TILE;
+    const char* p = left > far / TILE ? w + far : w + far + (blocks - 1) * next;
+    for (int i = 0; i < 16; ++i) _mm_prefetch(p + i * 64, _MM_HINT_T0);
+}
+
+// One tile of rows with NB blocks.
+template <i64 format, int NB> inline void one(
+    const char* x, i64 step, const char* w, i64 next, i64 chunks, void* out, i64 ld, bool fresh) {
+    float* sums = static_cast<float*>(out);
+    i64 stride = ld * 4;
+    _tile_zero(0);
+    if constexpr (NB > 1) _tile_zero(1);
+    if constexpr (NB > 2) _tile_zero(2);
+    if constexpr (NB > 3) _tile_zero(3);
+    if (!fresh) {
+        _tile_loadd(0, sums, stride);
+        if constexpr (NB > 1) _tile_loadd(1, sums + 16, stride);
+        if constexpr (NB > 2) _tile_loadd(2, sums + 32, stride);
+        if constexpr (NB > 3) _tile_loadd(3, sums + 48, stride);
+    }
+    for (i64 c = 0; c < chunks; ++c) {
+        const char* at = w + c * TILE;
+        _tile_loadd(4, x + c * step, CHUNK);
+        for (int b = 0; b < NB; ++b) ahead(at + b * next, next, chunks - c, NB);
+        _tile_loadd(6, at, 64);
+        SUM(0, 4, 6);
+        if constexpr (NB > 1) { _tile_loadd(7, at + next, 64); SUM(1, 4, 7); }
+        if constexpr (NB > 2) { _tile_loadd(6, at + 2 * next, 64); SUM(2, 4, 6); }
+        if constexpr (NB > 3) { _tile_loadd(7, at + 3 * next, 64); SUM(3, 4, 7); }
+    }
+    _tile_stored(0, sums, stride);
+    if constexpr (NB > 1) _tile_stored(1, sums + 16, stride);
+    if constexpr (NB > 2) _tile_stored(2, sums + 32, stride);
+    if constexpr (NB > 3) _tile_stored(3, sums + 48, stride);
+}
+
+// Two tiles of rows (`tile` bytes apart) with two blocks.
+template <i64 format> inline void two(
+    const char* x, i64 tile, i64 step, const char* w, i64 next, i64 chunks, void* out, i64 ld, bool fresh) {
+    float* upper = static_cast<float*>(out);
+    float* lower = upper + 16 * ld;
+    i64 stride = ld * 4;
+    if (fresh) {
+        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    } else {
+        _tile_loadd(0, upper, stride); _tile_loadd(1, upper + 16, stride);
+        _tile_loadd(2, lower, stride); _tile_loadd(3, lower + 16, stride);
+    }
+    for (i64 c = 0; c < chunks; ++c) {
+        _tile_loadd(6, w + c * TILE, 64);
+        _tile_loadd(4, x + c * step, CHUNK);
+        SUM(0, 4, 6);
+        _tile_loadd(7, w + next + c * TILE, 64);
+        SUM(1, 4, 7);
+        _tile_loadd(5, x + tile + c * step, CHUNK);
+        SUM(2, 5, 6);
+        SUM(3, 5, 7);
+    }
+    _tile_stored(0, upper, stride); _tile_stored(1, upper + 16, stride);
+    _tile_stored(2, lower, stride); _tile_stored(3, lower + 16, stride);
+}
+#undef SUM
+
+template <i64 format> inline void tiles(
+    const Rows& x, i64 tile0, i64 tile1, const char* w, i64 next, i64 first, i64 chunks, i64 blocks, float* out, i64 ld,
+    bool fresh) {
+    i64 step = x.high() * CHUNK, tile = x.tile_bytes();
+    // The compiler does not know what memory tile instructions read and write.
+    asm volatile("" : : : "memory");
+    configure(x.high());
+    for (i64 t = tile0; t < tile1;) {
+        const char* rows = x.tiles + t * tile + first * step;
+        float* to = out + (t - tile0) * LANES * ld;
+        i64 b = 0;
+        if (t + 2 <= tile1) {
+            for (; b + 2 <= blocks; b += 2)
+                two<format>(rows, tile, step, w + b * next, next, chunks, to + b * 16, ld, fresh);
+            if (b < blocks)
+                for (int i = 0; i < 2; ++i)
+                    one<format, 1>(rows + i * tile, step, w + b * next, next, chunks, to + i * 16 * ld + b * 16, ld, fresh);
+            t += 2;
+            continue;
+        }
+        for (; b + 4 <= blocks; b += 4) one<format, 4>(rows, step, w + b * next, next, chunks, to + b * 16, ld, fresh);
+        for (; b < blocks; ++b) one<format, 1>(rows, step, w + b * next, next, chunks, to + b * 16, ld, fresh);
+        ++t;
+    }
+    asm volatile("" : : : "memory");
+}
+}  // namespace amx
+#endif
+
+namespace vector_tiles {
+template <i64 format, int NB, int R = MOST_ROWS> INLINE void few(
+    int rows, const char* x, i64 step, const char* w, i64 next, i64 chunks, float* out, i64 ld, bool fresh) {
+    if constexpr (R == 0) return;
+    else if (rows != R) return few<format, NB, R - 1>(rows, x, step, w, next, chunks, out, ld, fresh);
+    else if constexpr (format == INT8)
+        vector::int8<R, NB>(x, step, w, next, chunks, reinterpret_cast<int32_t*>(out), ld, fresh);
+    else vector::bfloat16<R, NB>(x, step, w, next, chunks, out, ld, fresh);
+}
+
+template <i64 format> inline void tiles(
+    const Rows& x, i64 tile0, i64 tile1, const char* w, i64 next, i64 first, i64 chunks, i64 blocks, float* out, i64 ld,
+    bool fresh) {
+    i64 step = x.high() * CHUNK;
+    for (i64 b = 0; b < blocks;) {
+        bool wide = b + MOST_BLOCKS <= blocks;
+        for (i64 row = tile0 * LANES, end = std::min(tile1 * LANES, x.count); row < end;) {
+            int rows = int(std::min<i64>({MOST_ROWS, end - row, LANES - row % LANES}));
+            const char* from = x.at(row) + first * step;
+            float* to = out + (row - tile0 * LANES) * ld + b * LANES;
+            if (wide) few<format, MOST_BLOCKS>(rows, from, step, w + b * next, next, chunks, to, ld, fresh);
+            else few<format, 1>(rows, from, step, w + b * next, next, chunks, to, ld, fresh);
+            row += rows;
+        }
+        b += wide ? MOST_BLOCKS : 1;
+    }
+}
+}  // namespace vector_tiles
+
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__)
+namespace fastest = amx;
+inline void leave() { amx::release(); }
+#else
+namespace fastest = vector_tiles;
+inline void leave() {}
+#endif
+
+// Tiles [tile0, tile1) of the rows times blocks [block, block + blocks) of a part: out [rows up to a multiple of 16][ld].
+inline void product(const Rows& x, i64 tile0, i64 tile1, const Matrix& w, i64 block, i64 blocks, float* out, i64 ld) {
+    i64 next = w.block_bytes(), all_chunks = w.chunks();
+    const char* data = w.data + block * next;
+    for (i64 first = 0; first < all_chunks; first += CHUNKS) {
+        i64 chunks = std::min(CHUNKS, all_chunks - first);
+        const char* from = data + first * TILE;
+        if (w.format == INT8)
+            fastest::tiles<INT8>(x, tile0, tile1, from, next, first, chunks, blocks, out, ld, first == 0);
+        else fastest::tiles<BFLOAT16>(x, tile0, tile1, from, next, first, chunks, blocks, out, ld, first == 0);
+    }
+    if (w.format != INT8) return;
+    for (i64 row = tile0 * LANES, end = std::min(tile1 * LANES, x.count); row < end; ++row)
+        for (i64 b = 0; b < blocks; ++b) {
+            float* at = out + (row - tile0 * LANES) * ld + b * LANES;
+            i64 output = (block + b) * LANES;
+            I16 sum = *reinterpret_cast<I16*>(at) - 128 * *reinterpret_cast<const I16*>(w.sums + output);
+            store(at, __builtin_convertvector(sum, F16) * x.scale[row] * load(w.scale + output));
+        }
+}
+
+// How many blocks, and tiles of rows, are computed at a time.
+constexpr i64 FEW_BLOCKS = 4, MANY_BLOCKS = 16, PANEL_TILES = 16;
+constexpr i64 PANEL = MANY_BLOCKS * LANES * PANEL_TILES * LANES;  // floats
+inline i64 blocks_at_a_time(i64 rows) { return rows > 2 * LANES ? MANY_BLOCKS : FEW_BLOCKS; }
+
+// use(row, output, outputs, values): for each row, pieces of blocks [begin, end) of a part, of up to `width` blocks.
+template <class Use> inline void for_products(
+    const Rows& x, const Matrix& w, i64 begin, i64 end, float* panel, Use use) {
+    if (!x.count) return;
+    i64 width = blocks_at_a_time(x.count), all_tiles = up(x.count, LANES);
+    for (i64 b = begin; b < end; b += width) {
+        i64 blocks = std::min(width, end - b), ld = blocks * LANES;
+        i64 outputs = std::min(blocks * LANES, w.rows - b * LANES);
+        for (i64 t = 0; t < all_tiles; t += PANEL_TILES) {
+            i64 stop = std::min(t + PANEL_TILES, all_tiles);
+            product(x, t, stop, w, b, blocks, panel, ld);
+            for (i64 row = t * LANES, last = std::min(stop * LANES, x.count); row < last; ++row)
+                use(row, b * LANES, outputs, panel + (row - t * LANES) * ld);
+        }
+    }
+}

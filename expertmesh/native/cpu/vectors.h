@@ -1,0 +1,117 @@
+// Sixteen numbers at a time, on any processor: the compiler makes of them what the machine has.
+#pragma once
+#include "team.h"
+#include <cmath>
+#include <cstring>
+
+using bf16 = uint16_t;
+typedef float F16 __attribute__((vector_size(64), aligned(4)));
+typedef int32_t I16 __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t U16 __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t H16 __attribute__((vector_size(32), aligned(2)));
+typedef uint8_t B16 __attribute__((vector_size(16), aligned(1)));
+constexpr int LANES = 16;
+#define INLINE inline __attribute__((always_inline))
+
+INLINE F16 all(float x) { return x - (F16){}; }
+INLINE I16 all(int32_t x) { return x - (I16){}; }
+INLINE F16 load(const float* p) { return *reinterpret_cast<const F16*>(p); }
+INLINE void store(float* p, F16 x) { *reinterpret_cast<F16*>(p) = x; }
+
+INLINE F16 widen(H16 x) { return (F16)(__builtin_convertvector(x, U16) << 16); }
+INLINE F16 load(const bf16* p) { return widen(*reinterpret_cast<const H16*>(p)); }
+
+// To the nearest, ties to even.
+INLINE H16 narrow(F16 x) {
+    U16 bits = (U16)x;
+    U16 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    U16 nan = (U16)(x != x);
+    return __builtin_convertvector((rounded & ~nan) | (0x7fc0 & nan), H16);
+}
+INLINE void store(bf16* p, F16 x) { *reinterpret_cast<H16*>(p) = narrow(x); }
+
+INLINE float widen(bf16 x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float out;
+    memcpy(&out, &bits, 4);
+    return out;
+}
+INLINE bf16 narrow(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return x != x ? 0x7fc0 : bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+INLINE float as_float(float x) { return x; }
+INLINE float as_float(bf16 x) { return widen(x); }
+INLINE void put(float* p, float x) { *p = x; }
+INLINE void put(bf16* p, float x) { *p = narrow(x); }
+
+INLINE F16 max(F16 a, F16 b) { return a > b ? a : b; }
+INLINE F16 abs(F16 a) { return (F16)((U16)a & 0x7fffffffu); }
+INLINE float sum(F16 x) {
+    float out = 0;
+    for (int i = 0; i < LANES; ++i) out += x[i];
+    return out;
+}
+INLINE float largest(F16 x) {
+    float out = x[0];
+    for (int i = 1; i < LANES; ++i) out = std::max(out, x[i]);
+    return out;
+}
+
+// e^x within two units of the last place (Cephes' expf); 0 far below, infinity far above.
+INLINE F16 exponential(F16 x) {
+    F16 top = all(88.72284f), low = all(-87.33655f);
+    F16 in = x > top ? top : (x < low ? low : x);
+    F16 n = in * 1.44269504088896341f;
+    I16 whole = __builtin_convertvector(n + (F16)(n < 0 ? all(-0.5f) : all(0.5f)), I16);
+    F16 back = __builtin_convertvector(whole, F16);
+    F16 r = in - back * 0.693359375f + back * 2.12194440e-4f;
+    F16 p = all(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    // In two steps, since 2^128 is no float.
+    I16 half = whole >> 1;
+    F16 first = (F16)((half + 127) << 23), second = (F16)((whole - half + 127) << 23);
+    p = p * first * second;
+    p = x < low ? all(0.0f) : p;
+    return x != x ? x : p;
+}
+INLINE F16 sigmoid(F16 x) { return 1.0f / (1.0f + exponential(-x)); }
+INLINE F16 silu(F16 x) { return x / (1.0f + exponential(-x)); }
+
+// f(i, lanes) for pieces of sixteen of n, the last perhaps shorter.
+template <class Use> INLINE void by_lanes(i64 n, Use use) {
+    i64 i = 0;
+    for (; i + LANES <= n; i += LANES) use(i, LANES);
+    if (i < n) use(i, int(n - i));
+}
+template <class T> INLINE F16 load(const T* p, int lanes) {
+    if (lanes == LANES) return load(p);
+    F16 out = {};
+    for (int i = 0; i < lanes; ++i) out[i] = as_float(p[i]);
+    return out;
+}
+template <class T> INLINE void store(T* p, F16 x, int lanes) {
+    if (lanes == LANES) return store(p, x);
+    for (int i = 0; i < lanes; ++i) put(p + i, x[i]);
+}
+
+// 1 / root mean square, of n numbers.
+template <class T> inline float inverse_rms(const T* x, i64 n, float eps) {
+    F16 squares = {};
+    by_lanes(n, [&](i64 i, int lanes) { F16 v = load(x + i, lanes); squares += v * v; });
+    return 1.0f / std::sqrt(sum(squares) / float(n) + eps);
+}
+
+// out = x, scaled to a root mean square of one, times the weight.
+template <class T, class O> inline void rms_norm(const T* x, const bf16* weight, float eps, i64 n, O* out) {
+    F16 scale = all(inverse_rms(x, n, eps));
+    by_lanes(n, [&](i64 i, int lanes) {
+        store(out + i, load(x + i, lanes) * scale * load(weight + i, lanes), lanes);
+    });
+}
