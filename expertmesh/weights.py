@@ -6,9 +6,11 @@ The loader reads by this description, and whoever counts memory counts it here: 
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 from expertmesh.config import ModelConfig
+from expertmesh.config.precision import PLAIN, MatrixKind, Precision
 from expertmesh.errors import InputError
 from expertmesh.mesh.placement import Placement
 from expertmesh.mesh.topology import Topology
@@ -35,10 +37,16 @@ class Weight:
 
     @property
     def numel(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return prod(self.shape)
+
+    @property
+    def matrix_kind(self) -> MatrixKind | None:
+        """Of what may be quantised."""
+        if len(self.shape) != 2 or self.kind not in ("attention", "dense", "shared", "routed"):
+            return None
+        if "kv_b_proj" in self.name:
+            return None
+        return "experts" if self.kind == "routed" else "linear"
 
 
 def describe(config: ModelConfig) -> list[Weight]:
@@ -183,29 +191,43 @@ class Shard:
         return range(self.tp_rank * share, (self.tp_rank + 1) * share)
 
 
-def static_bytes(config: ModelConfig, dtype: str, shard: Shard) -> Counter[str]:
+def static_bytes(config: ModelConfig, dtype: str, shard: Shard, quantise: str = "none") -> Counter[str]:
     """Bytes of the weights that one rank holds, by kind, computed in `dtype`: the formula of the engine's own memory.
 
-    Routers are kept in float32, FP8 blocks are expanded, MTP layers are not loaded. A slot without an expert takes as
-    much as one with.
+    Routers are kept in float32, FP8 blocks are expanded unless they are to be kept, MTP layers are not loaded. A slot
+    without an expert takes as much as one with.
     """
+    precision = Precision.of(quantise)
     counts: Counter[str] = Counter()
     for weight in describe(config):
         layer = weight.layer
         if weight.name.endswith("_scale_inv") or (layer is not None and layer >= config.num_hidden_layers):
             continue
-        size = weight.numel * (4 if weight.kind == "router" else DTYPE_BYTES[dtype])
-        if weight.split is not None:
-            size //= shard.tp_size
+        size = _bytes(weight, dtype, shard.tp_size, precision)
         if weight.kind == "routed":  # all experts are of one size
             size = size * len(shard.slots[layer or 0]) if weight.expert == 0 else 0
         counts[weight.kind] += size
     return counts
 
 
-def expert_bytes(config: ModelConfig, dtype: str) -> int:
+def _bytes(weight: Weight, dtype: str, tp_size: int, precision: Precision) -> int:
+    """Of one rank's part of a tensor."""
+    shape = [n // tp_size if axis == weight.split else n for axis, n in enumerate(weight.shape)]
+    format = PLAIN
+    if weight.matrix_kind is not None:
+        format = precision.format(weight.matrix_kind, shape[1], weight.split == 1 and tp_size > 1)
+    if format is not PLAIN:
+        return sum(format.part_bytes(*shape))
+    return prod(shape) * (4 if weight.kind == "router" else DTYPE_BYTES[dtype])
+
+
+def expert_bytes(config: ModelConfig, dtype: str, quantise: str = "none") -> int:
     """Bytes of one routed expert of one layer."""
-    return 3 * config.moe_intermediate_size * config.hidden_size * DTYPE_BYTES[dtype]
+    width, hidden = config.moe_intermediate_size, config.hidden_size
+    format = Precision.of(quantise).experts
+    if format is PLAIN:
+        return 3 * width * hidden * DTYPE_BYTES[dtype]
+    return 2 * sum(format.part_bytes(width, hidden)) + sum(format.part_bytes(hidden, width))
 
 
 def count_parameters(weights: list[Weight]) -> Counter[str]:

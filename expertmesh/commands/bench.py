@@ -19,6 +19,7 @@ from expertmesh.bench.plain import write_plain_copy
 from expertmesh.commands.bench_balance import add_balance, add_rebalance
 from expertmesh.commands.bench_cluster import add_exchange, add_overlap, add_transport
 from expertmesh.commands.cluster import add_cluster, given_cluster, given_topology
+from expertmesh.commands.options import add_precision
 from expertmesh.config import EngineConfig, ModelConfig
 from expertmesh.engine.checkpoint import open_checkpoint
 from expertmesh.errors import InputError
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     subparsers = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
     engine = subparsers.add_parser("engine", help="load, memory, prefill and decoding of one rank")
     engine.add_argument("model", nargs="?", help="folder in the Hugging Face layout; default: the demo model")
-    engine.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32 or bfloat16")
+    add_precision(engine.add_argument)
     engine.add_argument(
         "--rounds", type=int, default=3, help="processes per engine, taken in turns (default: 3)"
     )
@@ -59,7 +60,9 @@ def bench_engine(args: argparse.Namespace) -> dict[str, Any]:
     model = ModelConfig.from_folder(folder)
     checkpoint = open_checkpoint(folder, model)
     options = given_cluster(args)
+    options["quantise"] = args.quantise
     config = EngineConfig(dtype=args.dtype, **options)
+    config.check_precision(model)
     dtype = config.dtype_of(model)
     threads = args.threads or torch.get_num_threads()
     _check_engine(args, model, folder)
@@ -91,6 +94,7 @@ def bench_engine(args: argparse.Namespace) -> dict[str, Any]:
     report = {
         "model": folder.resolve().name,
         "dtype": dtype,
+        "quantise": args.quantise,
         "threads": threads,
         "rounds": args.rounds,
         **medians,

@@ -18,7 +18,7 @@ from expertmesh.commands.cluster import (
     given_topology,
     launching,
 )
-from expertmesh.commands.options import PROMPTS, given
+from expertmesh.commands.options import PROMPTS, add_precision, given
 from expertmesh.engine.processes import PRELOAD as ENGINE
 from expertmesh.engine.processes import ProcessRanks, tell_standings
 from expertmesh.errors import InputError
@@ -76,7 +76,7 @@ def add_overlap(subparsers: Any) -> None:
     overlap.add_argument(
         "model", nargs="?", help="folder in the Hugging Face layout; default: the demo model"
     )
-    overlap.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32 or bfloat16")
+    add_precision(overlap.add_argument)
     overlap.add_argument(
         "--loads", default="16x1,256x1,1x512", metavar="NxROWS,...",
         help="steps of every TP group: so many requests, of so many rows (1: decoding) (default: 16x1,256x1,1x512)",
@@ -172,6 +172,7 @@ def _measure_overlap(args: argparse.Namespace) -> dict[str, Any]:
         llm = LLM(
             args.model,
             dtype=args.dtype,
+            quantise=args.quantise,
             topology=given_topology(args),
             launcher=launcher,
             prefix_cache=False,

@@ -8,7 +8,7 @@ import torch
 
 from expertmesh.comm.base import PURPOSES
 from expertmesh.commands.cluster import CLUSTER_OPTIONS, add_cluster, given_topology, launching
-from expertmesh.commands.options import ENGINE_OPTIONS, add_options, given
+from expertmesh.commands.options import ENGINE_OPTIONS, add_options, add_precision, given
 from expertmesh.engine.balancer import Balancer
 from expertmesh.engine.processes import PRELOAD, ProcessRanks, tell_standings
 from expertmesh.llm import LLM
@@ -20,7 +20,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         help="folder in the Hugging Face layout; without it, the demo model that ships with this",
     )
-    parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32 or bfloat16")
+    add_precision(parser.add_argument)
     group = parser.add_argument_group("engine (worked out where not given)")
     add_options(group.add_argument, ENGINE_OPTIONS)
     group.add_argument("--no-prefix-cache", action="store_true", help="compute equal beginnings anew")
@@ -33,6 +33,7 @@ def load_llm(args: argparse.Namespace, progress: bool = True) -> LLM:
         llm = LLM(
             args.model,
             dtype=args.dtype,
+            quantise=args.quantise,
             topology=given_topology(args),
             progress=progress,
             launcher=launcher,

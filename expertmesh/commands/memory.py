@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from expertmesh.commands.cluster import TOPOLOGY_OPTIONS, given_topology
-from expertmesh.commands.options import add_options
+from expertmesh.commands.options import add_options, add_precision
 from expertmesh.config import EngineConfig, ModelConfig, cache_bytes_per_token
 from expertmesh.errors import InputError
 from expertmesh.llm import demo_model
@@ -24,23 +24,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="instead of --nodes and --cards; repeatable, to compare: --layout 2x8 --layout 8x8",
     )  # fmt: skip
     parser.add_argument("--redundant", type=int, default=0, help="slots of a layer for replicas")
-    parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32 or bfloat16")
+    add_precision(parser.add_argument)
     parser.add_argument("--json", action="store_true", help="print JSON, and nothing else")
 
 
 def run(args: argparse.Namespace) -> int:
     folder = Path(args.model) if args.model else demo_model()
     model = ModelConfig.from_folder(folder)
-    dtype = EngineConfig(dtype=args.dtype).dtype_of(model)
+    config = EngineConfig(dtype=args.dtype, quantise=args.quantise)
+    config.check_precision(model)
+    dtype = config.dtype_of(model)
     if args.layout and (args.nodes or args.cards or args.attention_tp):
         raise InputError(
             "--layout takes the place of --nodes, --cards and --attention-tp; give one or the other"
         )
     topologies = [_parse(text) for text in args.layout or ()] or [given_topology(args)]
-    layouts = [_examine(model, dtype, topology, args.redundant) for topology in topologies]
+    layouts = [_examine(model, dtype, args.quantise, topology, args.redundant) for topology in topologies]
     report = {
         "model": folder.resolve().name,
         "dtype": dtype,
+        "quantise": args.quantise,
         "cache_bytes_per_token": cache_bytes_per_token(model, dtype),
         "layouts": layouts,
     }
@@ -54,10 +57,12 @@ def _parse(text: str) -> Topology:
     return Topology(*map(int, text.split("x")))
 
 
-def _examine(model: ModelConfig, dtype: str, topology: Topology, redundant: int) -> dict[str, Any]:
+def _examine(
+    model: ModelConfig, dtype: str, quantise: str, topology: Topology, redundant: int
+) -> dict[str, Any]:
     layout = Layout.of(model, topology, "two_tier", redundant)
     # All ranks hold the same but for their experts, whose slots are as many on each.
-    kinds = static_bytes(model, dtype, Shard.of(0, layout.topology, layout.placement))
+    kinds = static_bytes(model, dtype, Shard.of(0, layout.topology, layout.placement), quantise)
     return {
         "nodes": topology.nodes,
         "cards": topology.cards_per_node,
@@ -68,11 +73,16 @@ def _examine(model: ModelConfig, dtype: str, topology: Topology, redundant: int)
     }
 
 
+def _precision(report: dict[str, Any]) -> str:
+    kept = report["quantise"]
+    return str(report["dtype"]) if kept == "none" else f"{report['dtype']}, {kept}"
+
+
 def _table(report: dict[str, Any]) -> str:
     layouts = report["layouts"]
     names = [f"{x['nodes']}x{x['cards']} TP{x['attention_tp']}" for x in layouts]
     lines = [
-        f"{report['model']}, {report['dtype']}: GB a rank; a token of cache takes "
+        f"{report['model']}, {_precision(report)}: GB a rank; a token of cache takes "
         f"{report['cache_bytes_per_token']:,} bytes on each",
         f"{'':12}" + "".join(f"{name:>14}" for name in names),
     ]

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from expertmesh.config.precision import PRECISIONS
 from expertmesh.request import SamplingParams
 
 # Beginnings in each domain of the demo model.
@@ -34,6 +35,11 @@ SAMPLING_OPTIONS = (
     ("frequency_penalty", float, "against tokens, by their count in the output"),
     ("repetition_penalty", float, "against tokens of prompt and output; 1 for none"),
 )
+
+
+def add_precision(add: Callable[..., Any]) -> None:
+    add("--dtype", default="auto", help="auto (the checkpoint's), float32 or bfloat16")
+    add("--quantise", default="none", help=f"weights: {', '.join(PRECISIONS)}")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, replace
 
 from expertmesh.config.model import ModelConfig, fits
+from expertmesh.config.precision import Precision
 from expertmesh.errors import InputError
 
 LONGEST = 86_400  # seconds
@@ -15,6 +16,9 @@ class EngineConfig:
     """How one engine runs. None means: worked out once by `resolve`, from the model and the memory.
 
     dtype: what the weights are computed in; "auto" takes the checkpoint's.
+    quantise: how the weights of products are kept (`config.precision`): "none" (as they are computed), "w8a8" (8-bit
+    whole numbers times rows that are quantised too), "experts_int8" and "experts_int4" (the routed experts' weights in
+    groups of 128), "fp8" (the checkpoint's own FP8 blocks).
     max_context: longest request in tokens, prompt and output together.
     max_batch_tokens: token rows of one step; at least max_batch_requests, so that decoding never starves.
     max_batch_requests: requests that run at the same time; the others wait.
@@ -34,6 +38,7 @@ class EngineConfig:
     """
 
     dtype: str = "auto"
+    quantise: str = "none"
     max_context: int | None = None
     max_batch_tokens: int = 2048
     max_batch_requests: int = 64
@@ -53,6 +58,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise InputError(f"dtype {self.dtype!r} is not one of auto, float32, bfloat16")
+        Precision.of(self.quantise)
         if self.ranks not in ("threads", "processes"):
             raise InputError(f"ranks {self.ranks!r} is not one of threads, processes")
         if self.overlap not in ("auto", "on", "off"):
@@ -90,6 +96,17 @@ class EngineConfig:
         if self.dtype != "auto":
             return self.dtype
         return "float32" if model.dtype == "float32" else "bfloat16"
+
+    def check_precision(self, model: ModelConfig) -> None:
+        """InputError where this model's weights cannot be kept as they are to be."""
+        if self.quantise != "none" and self.dtype_of(model) != "bfloat16":
+            raise InputError(
+                f"quantise {self.quantise} computes in bfloat16; leave out dtype {self.dtype_of(model)}"
+            )
+        if self.quantise == "fp8" and model.fp8_block != (128, 128):
+            raise InputError(
+                "quantise fp8 keeps FP8 blocks of 128 x 128 as a checkpoint has them, and this one has none"
+            )
 
     def resolve(self, model: ModelConfig, free_bytes: int, ranks: int = 1) -> "EngineConfig":
         """Fill in what is open. free_bytes: memory left for the caches of `ranks` ranks once the weights are in

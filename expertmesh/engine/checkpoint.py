@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from expertmesh.config import ModelConfig
+from expertmesh.config.precision import FP8
 from expertmesh.engine.safetensors import Entry, read_header
 from expertmesh.errors import InputError
+from expertmesh.kernels.packed import PackedRows
 from expertmesh.model.layers import Destinations
 from expertmesh.weights import Shard, Weight, describe
 
@@ -202,18 +205,23 @@ def _load_one(checkpoint: Checkpoint, name: str, entry: Entry, target: Tensor, s
 
 
 def dequantise_blocks(
-    part: Tensor, scale: Tensor, block: tuple[int, int], ranges: list[range], target: Tensor
+    part: Tensor, scale: Tensor, block: tuple[int, int], ranges: list[range], target: Any
 ) -> None:
-    """target = part * the scale of each element's block (DeepSeek-V3, section 3.3.2).
+    """target = part * the scale of each element's block (DeepSeek-V3, section 3.3.2), or both as they are where they
+    are to be kept.
 
     part is rows ranges[0] and columns ranges[1] of the whole matrix: it may start and end inside a block, so the
     scales are found by absolute row and column. Works block row by block row, to need little memory.
     """
-    rows, columns = ranges
+    all_rows, columns = ranges
     column_scale = scale[:, torch.arange(columns.start, columns.stop) // block[1]]
-    start = rows.start
-    while start < rows.stop:
-        stop = min(rows.stop, (start // block[0] + 1) * block[0])
-        local = slice(start - rows.start, stop - rows.start)
-        target[local].copy_(part[local].float() * column_scale[start // block[0]])
+    start = all_rows.start
+    while start < all_rows.stop:
+        stop = min(all_rows.stop, (start // block[0] + 1) * block[0])
+        local = slice(start - all_rows.start, stop - all_rows.start)
+        rows, scales = target[local], scale[start // block[0]]
+        if isinstance(rows, PackedRows) and rows.packed.format is FP8:
+            rows.keep_fp8(part[local], scales[columns.start // block[1] :])
+        else:
+            rows.copy_(part[local].float() * column_scale[start // block[0]])
         start = stop

@@ -81,7 +81,7 @@ class Engine:
         mode, layout = self.config.rebalance, self.layout
         if mode == "off" or layout.topology.ranks == 1 or not self.model.moe_layers:
             return None
-        size = expert_bytes(self.model, self.config.dtype)
+        size = expert_bytes(self.model, self.config.dtype, self.config.quantise)
         return Balancer(mode, self.ranks, layout, size, self.config.split != "even")
 
     @property

@@ -93,7 +93,7 @@ class Mover:
     def _parts(self, layer: int, slot: int) -> list[Tensor]:
         """A slot's weights as bytes."""
         moe = self._moe(layer)
-        return [slot_bytes(w, slot) for w in (moe.gate_up, moe.down)]
+        return [part for w in (moe.gate_up, moe.down) for part in slot_bytes(w, slot)]
 
     def _piece(self, move: Move, start: int, stop: int) -> Tensor:
         pieces, first = [], 0

@@ -19,6 +19,7 @@ from expertmesh.comm.exchange import TieredExchange
 from expertmesh.comm.group import Clustered
 from expertmesh.comm.local import LocalWorld
 from expertmesh.config import EngineConfig, cache_bytes_per_token
+from expertmesh.config.precision import Precision
 from expertmesh.engine.checkpoint import Checkpoint, check_memory, free_memory, load_ranks
 from expertmesh.engine.plan import Plan
 from expertmesh.engine.runner import Runner
@@ -112,14 +113,15 @@ def resolve_memory(
         raise InputError(f"{sharing} ranks on one machine; at most {MOST_RANKS} are possible")
     dtype = config.dtype_of(model)
     shards = shards_of(layout, config)
-    kinds = static_bytes(model, dtype, shards[0])  # all ranks have as many slots
+    config.check_precision(model)
+    kinds = static_bytes(model, dtype, shards[0], config.quantise)  # all ranks have as many slots
     if config.rebalance != "off" and topology.ranks > 1:
-        kinds["spare"] = expert_bytes(model, dtype)
+        kinds["spare"] = expert_bytes(model, dtype, config.quantise)
     weights = sum(kinds.values()) * sharing
     if together:
         made: dict[Hashable, Made] = {}
         for shard in shards:
-            DeepSeek(model, shard, kernels, New(TORCH_DTYPES[dtype], torch.device("meta"), kernels, made))
+            DeepSeek(model, shard, kernels, new_weights(config, dtype, "meta", kernels, made))
         weights = sum(t.nbytes for t in made.values()) + kinds["spare"] * topology.ranks
     free = free_memory()
     check_memory(checkpoint.folder, weights, free)
@@ -139,6 +141,18 @@ PATIENCE = 40
 GRACE = 5.0  # seconds in which the cause of a failure shows, when others have seen its effect
 MOST_RANKS = 1024
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def new_weights(
+    config: EngineConfig,
+    dtype: str,
+    device: str,
+    kernels: Kernels,
+    made: dict[Hashable, Made] | None = None,
+) -> New:
+    """What makes a model's weights as the configuration wants them; made: what ranks of one process share."""
+    precision = Precision.of(config.quantise)
+    return New(TORCH_DTYPES[dtype], torch.device(device), kernels, made, precision)
 
 
 def shards_of(layout: Layout, config: EngineConfig) -> list[Shard]:
@@ -171,7 +185,7 @@ class ThreadRanks:
         )
         topology = layout.topology
         self._world = LocalWorld(topology, PATIENCE * config.timeout)
-        new = New(TORCH_DTYPES[self.config.dtype], torch.device("cpu"), kernels, {})
+        new = new_weights(self.config, self.config.dtype, "cpu", kernels, {})
         self.runners: list[Runner] = []
         self._comms: list[Comm] = []
         shards = shards_of(layout, config)

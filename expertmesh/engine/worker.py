@@ -13,7 +13,7 @@ from expertmesh.comm.seat import Seat
 from expertmesh.config import EngineConfig, ModelConfig
 from expertmesh.engine.checkpoint import load, open_checkpoint
 from expertmesh.engine.plan import Plan
-from expertmesh.engine.ranks import PATIENCE, TORCH_DTYPES, collectives_of
+from expertmesh.engine.ranks import PATIENCE, collectives_of, new_weights
 from expertmesh.engine.runner import Runner
 from expertmesh.engine.wire import BatchReader, Plain, write_result
 from expertmesh.kernels import kernels_for
@@ -25,7 +25,6 @@ from expertmesh.mesh.layout import Layout
 from expertmesh.mesh.migration import Move
 from expertmesh.mesh.topology import Topology
 from expertmesh.model.deepseek import DeepSeek
-from expertmesh.model.layers import New
 from expertmesh.weights import Shard
 
 
@@ -126,7 +125,7 @@ class _Rank(RankProcess):
         checkpoint = open_checkpoint(self._folder, ModelConfig.from_folder(self._folder))
         shard = Shard.of(self._number, self._layout.topology, self._layout.placement)
         kernels = kernels_for("cpu", self._config.dtype, self._config.strict)
-        new = New(TORCH_DTYPES[self._config.dtype], torch.device("cpu"), kernels)
+        new = new_weights(self._config, self._config.dtype, "cpu", kernels)
         model = DeepSeek(checkpoint.config, shard, kernels, new)
         load(checkpoint, model.weights(), shard)
         self._runner = Runner(model, self._config, collectives_of(self._layout, self.comm))

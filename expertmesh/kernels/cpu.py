@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from expertmesh.config.precision import PLAIN, Format
 from expertmesh.kernels import eager
-from expertmesh.kernels.memory import Arena
+from expertmesh.kernels.memory import Kept
 from expertmesh.kernels.packed import Packed, PackedLatentUp
 from expertmesh.kernels.tape import Tape
 from expertmesh.kernels.types import AttentionRows, Prefill, Queries, Rotary, Routing
@@ -85,21 +86,12 @@ class Cpu:
 
     # ---- weights
 
-    def matrix(
-        self, shape: tuple[int, ...], split: int, dtype: torch.dtype, device: torch.device, arena: Arena
-    ) -> Packed:
-        size = Packed.bytes_of(shape, split)
-        data = (
-            arena.take(size) if device.type == "cpu" else torch.empty(size, dtype=torch.uint8, device=device)
-        )
-        return Packed(self.library, shape, split, dtype, data)
+    def matrix(self, shape: tuple[int, ...], split: int, format: Format, kept: Kept) -> Packed:
+        return Packed(self.library, shape, split, format, kept.memory)
 
-    def latent_up(
-        self, heads: int, nope: int, value: int, latent: int, dtype: torch.dtype, device: torch.device, arena: Arena
-    ) -> PackedLatentUp:  # fmt: skip
-        keys = self.matrix((heads * latent, nope), heads, dtype, device, arena)
-        values = self.matrix((heads * value, latent), heads, dtype, device, arena)
-        return PackedLatentUp(keys, values, nope)
+    def latent_up(self, heads: int, nope: int, value: int, latent: int, kept: Kept) -> PackedLatentUp:
+        keys = self.matrix((heads * latent, nope), heads, PLAIN, kept)
+        return PackedLatentUp(keys, self.matrix((heads * value, latent), heads, PLAIN, kept), nope)
 
     # ---- tapes
 

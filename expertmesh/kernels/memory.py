@@ -36,3 +36,15 @@ def _map(size: int) -> Tensor:
         mapped.madvise(mmap.MADV_HUGEPAGE)
     first = -whole.data_ptr() % HUGE
     return whole[first : first + size]
+
+
+class Kept:
+    """Where weights are kept, and in which type those that are not quantised."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        # Without memory on the meta device, which knows sizes only.
+        self.memory = Arena() if device.type == "cpu" else None
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)

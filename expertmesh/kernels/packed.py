@@ -1,4 +1,4 @@
-"""Matrices in the order in which the CPU's kernels read them (`native/cpu/product.h`).
+"""Matrices in the order in which the CPU's kernels read them (`native/cpu/product.h`), as bfloat16 or quantised.
 
 Blocks of 16 rows, and of each a chunk of 64 bytes at a time: a product reads one stream of memory from end to end.
 """
@@ -11,7 +11,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-LANES, CHUNK_BYTES = 16, 64
+from expertmesh.config.precision import FP8, LANES, PLAIN, Format
+from expertmesh.errors import InputError
+from expertmesh.kernels.memory import Arena
 
 
 class Packed:
@@ -21,27 +23,31 @@ class Packed:
     """
 
     def __init__(
-        self, library: ctypes.CDLL, shape: tuple[int, ...], split: int, dtype: torch.dtype, data: Tensor
+        self, library: ctypes.CDLL, shape: tuple[int, ...], split: int, format: Format, memory: Arena | None
     ) -> None:
-        """split: into how many parts the rows of each [N, K] are divided; data: `bytes_of` bytes."""
-        self.library, self.shape, self.split, self.dtype, self.data = library, shape, split, dtype, data
+        """split: into how many parts the rows of each [N, K] are divided; memory: None for sizes without memory."""
+        self.library, self.shape, self.split, self.format = library, shape, split, format
         self.rows, self.columns = shape[-2] // split, shape[-1]
         self.parts = prod(shape[:-2]) * split
+        sizes = [self.parts * size for size in format.part_bytes(self.rows, self.columns)]
+        take = memory.take if memory else lambda size: torch.empty(size, dtype=torch.uint8, device="meta")
+        self.data, self.scale, self.sums = (take(size) for size in sizes)
 
-    @staticmethod
-    def bytes_of(shape: tuple[int, ...], split: int) -> int:
-        """Of bfloat16 weights: rows fill up blocks, and columns chunks."""
-        blocks, chunks = -(-shape[-2] // split // LANES), -(-shape[-1] * 2 // CHUNK_BYTES)
-        return prod(shape[:-2]) * split * blocks * chunks * LANES * CHUNK_BYTES
+    dtype = torch.bfloat16
 
     @cached_property
     def words(self) -> list[int]:
         """As an op is given it."""
-        return [self.data.data_ptr(), 0, self.parts, self.rows, self.columns, 0, 0]
+        scale, sums = self.scale.data_ptr(), self.sums.data_ptr()
+        return [self.data.data_ptr(), self.format.code, self.parts, self.rows, self.columns, scale, sums]
+
+    @cached_property
+    def _described(self) -> Any:
+        return (ctypes.c_int64 * len(self.words))(*self.words)
 
     @property
     def nbytes(self) -> int:
-        return self.data.numel()
+        return self.data.numel() + self.scale.numel() + self.sums.numel()
 
     @property
     def part_bytes(self) -> int:
@@ -69,19 +75,16 @@ class Packed:
     def copy_(self, values: Tensor) -> None:
         self[:].copy_(values)
 
-    def slot_bytes(self, slot: int) -> Tensor:
+    def slot_bytes(self, slot: int) -> list[Tensor]:
         """The memory of one [N, K], as bytes."""
-        return self.data.view(self.shape[0], -1)[slot]
+        kept = [t for t in (self.data, self.scale, self.sums) if t.numel()]
+        return [t.view(self.shape[0], -1)[slot] for t in kept]
 
     def unpacked(self) -> Tensor:
-        """As a tensor, for tests."""
-        out = torch.empty(self.parts * self.rows, self.columns, dtype=self.dtype)
+        """What products see, float32 [..., N, K]."""
+        out = torch.empty(self.parts, self.rows, self.columns)
         for part in range(self.parts):
-            to = out[part * self.rows].data_ptr() if self.rows else 0
-            self.library.unpack_rows(
-                _pointer(self.data_ptr() + part * self.part_bytes), _word(0), _word(self.rows), _word(self.columns),
-                _pointer(to), _word(self.columns),
-            )  # fmt: skip
+            out[part] = _part_of(self, part)
         return out.view(self.shape)
 
 
@@ -108,18 +111,54 @@ class PackedRows:
 
     def copy_(self, values: Tensor) -> None:
         """values [rows, K], of any type."""
-        packed = self.packed
-        values = values.to(packed.dtype)
+        packed, quantised = self.packed, self.packed.format is not PLAIN
+        values = values.to(torch.float32 if quantised else torch.bfloat16)
         if values.stride(1) != 1:
             values = values.contiguous()
-        for part in range(self.start // packed.rows, -(-self.stop // packed.rows)):
-            first, last = max(self.start, part * packed.rows), min(self.stop, (part + 1) * packed.rows)
+        for part, first, last, begin in self._by_part():
+            some = values[begin : begin + last - first]
+            if quantised:
+                self._quantise(some, part, first)
+                continue
             packed.library.pack_rows(
-                _pointer(values.data_ptr() + (first - self.start) * values.stride(0) * 2),
-                _word(values.stride(0)), _word(first - part * packed.rows), _word(last - first),
+                _pointer(some.data_ptr()), _word(some.stride(0)), _word(first), _word(last - first),
                 _word(packed.columns), _pointer(packed.data_ptr() + part * packed.part_bytes),
                 _word(torch.get_num_threads()),
             )  # fmt: skip
+
+    def keep_fp8(self, values: Tensor, scales: Tensor) -> None:
+        """FP8 values [rows, K] of one row of a checkpoint's blocks, and the scales of those, float32 [groups]."""
+        packed, scales = self.packed, scales.contiguous()
+        values = values.view(torch.uint8)
+        if values.stride(1) != 1:
+            values = values.contiguous()
+        for part, first, last, begin in self._by_part():
+            some = values[begin : begin + last - first]
+            packed.library.keep_fp8_rows(
+                _pointer(some.data_ptr()), _word(some.stride(0)), _word(first), _word(last - first),
+                _pointer(scales.data_ptr()), packed._described, _word(part),
+            )  # fmt: skip
+
+    def _by_part(self) -> list[tuple[int, int, int, int]]:
+        """Part, first and last row in it, and where those begin among these rows."""
+        height, out = self.packed.rows, []
+        for part in range(self.start // height, -(-self.stop // height)):
+            first, last = max(self.start, part * height), min(self.stop, (part + 1) * height)
+            out.append((part, first - part * height, last - part * height, first - self.start))
+        return out
+
+    def _quantise(self, values: Tensor, part: int, first: int) -> None:
+        packed = self.packed
+        if packed.format is FP8:
+            raise InputError("quantise fp8 keeps FP8 weights as they are, and here are some of another type")
+        if not packed.library.quantise_rows(
+            _pointer(values.data_ptr()), _word(values.stride(0)), _word(first), _word(values.shape[0]),
+            packed._described, _word(part), _word(torch.get_num_threads()),
+        ):  # fmt: skip
+            raise InputError(
+                f"weights of {packed.rows} rows cannot be quantised: they come in pieces that are not of whole "
+                f"blocks of {LANES}; run this model without quantise"
+            )
 
 
 class PackedLatentUp:
@@ -177,22 +216,18 @@ class _LatentRows:
             if keys.shape[0]:
                 rows = slice(head * up.keys.rows, (head + 1) * up.keys.rows)
                 whole = keys.shape[0] == up.nope
-                old = None if whole else _unpacked_part(up.keys, head)
-                new = keys.t() if old is None else old
-                if old is not None:
-                    old[:, first : first + keys.shape[0]] = keys.t()
-                PackedRows(up.keys, rows.start, rows.stop).copy_(new.contiguous())
+                new = keys.t() if whole else _part_of(up.keys, head)
+                if not whole:
+                    new[:, first : first + keys.shape[0]] = keys.t()
+                PackedRows(up.keys, rows.start, rows.stop).copy_(new)
             if others.shape[0]:
                 at = head * up.value + max(first, up.nope) - up.nope
                 PackedRows(up.values, at, at + others.shape[0]).copy_(others)
 
 
-def _unpacked_part(packed: Packed, part: int) -> Tensor:
-    out = torch.empty(packed.rows, packed.columns, dtype=packed.dtype)
-    packed.library.unpack_rows(
-        _pointer(packed.data_ptr() + part * packed.part_bytes), _word(0), _word(packed.rows),
-        _word(packed.columns), _pointer(out.data_ptr()), _word(packed.columns),
-    )  # fmt: skip
+def _part_of(packed: Packed, part: int) -> Tensor:
+    out = torch.empty(packed.rows, packed.columns)
+    packed.library.widen_part(packed._described, _word(part), _pointer(out.data_ptr()))
     return out
 
 
@@ -202,12 +237,12 @@ Weight: TypeAlias = Any
 LatentUp: TypeAlias = Any
 
 
-def slot_bytes(weight: Weight, slot: int) -> Tensor:
+def slot_bytes(weight: Weight, slot: int) -> list[Tensor]:
     """The memory of one slot's [N, K] as bytes, which is what moves when an expert does."""
     if isinstance(weight, Packed):
         return weight.slot_bytes(slot)
     assert isinstance(weight, Tensor)
-    return weight[slot].view(torch.uint8).flatten()
+    return [weight[slot].view(torch.uint8).flatten()]
 
 
 def _word(number: int) -> ctypes.c_int64:

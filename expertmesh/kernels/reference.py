@@ -8,24 +8,24 @@ from torch import Tensor
 from torch.nn.functional import embedding, silu
 from torch.nn.functional import linear as torch_linear
 
-from expertmesh.kernels.memory import Arena
+from expertmesh.config.precision import PLAIN, Format
+from expertmesh.errors import InputError
+from expertmesh.kernels.memory import Kept
 from expertmesh.kernels.types import AttentionRows, Queries, Rotary, Routing
 
 # The norms of the two latents have this epsilon in DeepSeek's code whatever rms_norm_eps says.
 LATENT_EPS = 1e-6
 
 
-def matrix(
-    shape: tuple[int, ...], split: int, dtype: torch.dtype, device: torch.device, arena: Arena
-) -> Tensor:
+def matrix(shape: tuple[int, ...], split: int, format: Format, kept: Kept) -> Tensor:
     """A plain tensor."""
-    return torch.empty(shape, dtype=dtype, device=device)
+    if format is not PLAIN:
+        raise InputError(f"{format.name} weights need the CPU's own kernels, which compute in bfloat16")
+    return kept.empty(*shape)
 
 
-def latent_up(
-    heads: int, nope: int, value: int, latent: int, dtype: torch.dtype, device: torch.device, arena: Arena
-) -> Tensor:
-    return torch.empty(heads * (nope + value), latent, dtype=dtype, device=device)
+def latent_up(heads: int, nope: int, value: int, latent: int, kept: Kept) -> Tensor:
+    return kept.empty(heads * (nope + value), latent)
 
 
 def embed(tokens_T: Tensor, weight_VD: Tensor) -> Tensor:

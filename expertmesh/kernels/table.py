@@ -10,14 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from expertmesh.config import ModelConfig
+from expertmesh.config.precision import Format
 from expertmesh.errors import InputError
 from expertmesh.kernels import eager, reference
 from expertmesh.kernels.cpu import Cpu, variants
-from expertmesh.kernels.memory import Arena
+from expertmesh.kernels.memory import Kept
 from expertmesh.kernels.packed import LatentUp, Weight
 from expertmesh.kernels.tape import Graph
 from expertmesh.kernels.types import AttentionRows, Queries, Rotary, Routing
@@ -32,24 +32,13 @@ class Matrix(Protocol):
     """Memory for weights [..., N, K] in the form that products want. split: into how many parts the rows of each [N, K]
     are divided that are computed apart from each other, as gate and up, or heads."""
 
-    def __call__(
-        self, shape: tuple[int, ...], split: int, dtype: torch.dtype, device: torch.device, arena: Arena
-    ) -> Weight: ...
+    def __call__(self, shape: tuple[int, ...], split: int, format: Format, kept: Kept) -> Weight: ...
 
 
 class NewLatentUp(Protocol):
     """Memory for the up-projection of the latents, [heads * (nope + value), latent]."""
 
-    def __call__(
-        self,
-        heads: int,
-        nope: int,
-        value: int,
-        latent: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        arena: Arena,
-    ) -> LatentUp: ...
+    def __call__(self, heads: int, nope: int, value: int, latent: int, kept: Kept) -> LatentUp: ...
 
 
 class Linear(Protocol):

@@ -33,7 +33,7 @@ class DeepSeek:
         self.head = Head(
             self.embedding.weight
             if config.tie_word_embeddings
-            else new.matrix("head", *self.embedding.weight.shape, part=shard.tp_rank),
+            else new.matrix("head", *self.embedding.weight.shape, kind="head", part=shard.tp_rank),
             kernels,
         )
 

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from expertmesh.comm.base import Group
+from expertmesh.config.precision import MatrixKind, Precision
 from expertmesh.kernels import Kernels
-from expertmesh.kernels.memory import Arena
+from expertmesh.kernels.memory import Kept
 from expertmesh.kernels.packed import LatentUp, Weight
 from expertmesh.model.step import Step
 from expertmesh.weights import Shard
@@ -34,10 +35,11 @@ class New:
         device: torch.device,
         kernels: Kernels,
         shared: dict[Hashable, Made] | None = None,
+        precision: Precision = Precision(),  # noqa: B008 (frozen)
     ) -> None:
-        self._dtype, self._device, self._kernels = dtype, device, kernels
+        self._kept, self._kernels, self._precision = Kept(dtype, device), kernels, precision
         self._shared: dict[Hashable, Made] = {} if shared is None else shared
-        self._arena, self._prefix = Arena(), ""
+        self._prefix = ""
 
     def inside(self, prefix: str) -> "New":
         """For the weights of one module: their names need not differ from those of others."""
@@ -48,24 +50,31 @@ class New:
     def __call__(self, name: str, *shape: int, part: Hashable = None, float32: bool = False) -> Tensor:
         """A tensor. part: which part of the weight this rank holds, None for the whole. float32: for what is never
         rounded."""
-        dtype = torch.float32 if float32 else self._dtype
-        made: Tensor = self._once(
-            name, shape, part, lambda: torch.empty(shape, dtype=dtype, device=self._device)
-        )
+        dtype = torch.float32 if float32 else None
+        made: Tensor = self._once(name, shape, part, lambda: self._kept.empty(*shape, dtype=dtype))
         return made
 
-    def matrix(self, name: str, *shape: int, split: int = 1, part: Hashable = None) -> Weight:
-        """Weights of products, as these kernels want them (`kernels.table.Matrix`)."""
-        where = self._dtype, self._device, self._arena
-        return self._once(name, shape, part, lambda: self._kernels.matrix(shape, split, *where))
+    def matrix(
+        self,
+        name: str,
+        *shape: int,
+        split: int = 1,
+        kind: MatrixKind = "linear",
+        cut: bool = False,
+        part: Hashable = None,
+    ) -> Weight:
+        """Weights of products, as these kernels want them (`kernels.table.Matrix`). kind, cut: what decides how they
+        are kept (`config.precision`)."""
+        format = self._precision.format(kind, shape[-1], cut)
+        return self._once(name, shape, part, lambda: self._kernels.matrix(shape, split, format, self._kept))
 
     def latent_up(
         self, name: str, heads: int, nope: int, value: int, latent: int, part: Hashable = None
     ) -> LatentUp:
         """The up-projection of the latents, [heads * (nope + value), latent]."""
-        sizes, where = (heads, nope, value, latent), (self._dtype, self._device, self._arena)
+        sizes = heads, nope, value, latent
         return self._once(
-            name, sizes, part, lambda: self._kernels.latent_up(heads, nope, value, latent, *where)
+            name, sizes, part, lambda: self._kernels.latent_up(heads, nope, value, latent, self._kept)
         )
 
     def _once(self, name: str, shape: tuple[int, ...], part: Hashable, make: Callable[[], Any]) -> Any:
@@ -122,7 +131,7 @@ class DenseFFN:
         self.norm = new("norm", hidden)
         self.half = len(shard.part(width, "intermediate_size"))
         self.gate_up = new.matrix("gate_up", 2 * self.half, hidden, split=2, part=shard.tp_rank)
-        self.down = new.matrix("down", hidden, self.half, part=shard.tp_rank)
+        self.down = new.matrix("down", hidden, self.half, cut=self.half < width, part=shard.tp_rank)
 
     def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
         (x_TD,) = step.tp.all_gather(self.kernels.rms_norm(x_TD, self.norm, self.eps))

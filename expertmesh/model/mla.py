@@ -27,7 +27,8 @@ class MLA:
         self.kv_b = new.latent_up(
             "kv_b", self.heads, c.qk_nope_head_dim, c.v_head_dim, c.kv_lora_rank, part=part
         )
-        self.o = new.matrix("o", c.hidden_size, self.heads * c.v_head_dim, part=part)
+        columns, cut = self.heads * c.v_head_dim, self.heads < c.num_attention_heads
+        self.o = new.matrix("o", c.hidden_size, columns, cut=cut, part=part)
         self.a_bias = new("a_bias", self.a.shape[0]) if c.attention_bias else None
         self.o_bias = new("o_bias", c.hidden_size) if c.attention_bias else None
 

@@ -23,8 +23,9 @@ class MoE:
         self.bias = new("bias", c.n_routed_experts, float32=True) if c.topk_method == "noaux_tc" else None
         width = c.moe_intermediate_size
         part = (self.slots, shard.own)
-        self.gate_up = new.matrix("gate_up", len(self.slots), 2 * width, c.hidden_size, split=2, part=part)
-        self.down = new.matrix("down", len(self.slots), c.hidden_size, width, part=part)
+        slots, hidden = len(self.slots), c.hidden_size
+        self.gate_up = new.matrix("gate_up", slots, 2 * width, hidden, split=2, kind="experts", part=part)
+        self.down = new.matrix("down", slots, hidden, width, kind="experts", part=part)
         self.shared_width = width * c.n_shared_experts
         if self.shared_width:
             self.shared_gate_up = new.matrix("shared_gate_up", 2 * self.shared_width, c.hidden_size, split=2)

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from expertmesh.config.precision import PLAIN
 from expertmesh.errors import InputError
 from expertmesh.kernels import Kernels, Queries, Rotary, Routing, kernels_for
 from expertmesh.kernels.cpu import Cpu, variants
-from expertmesh.kernels.memory import Arena
+from expertmesh.kernels.memory import Kept
 from expertmesh.kernels.packed import Packed
 from expertmesh.kernels.table import OPS, kernels_of, reference_kernels
 from expertmesh.native import NotBuilt
@@ -32,7 +33,8 @@ class Kind:
 
     def matrix(self, weight: Tensor, split: int = 1) -> Any:
         """As these kernels keep it."""
-        made = self.kernels.matrix(tuple(weight.shape), split, weight.dtype, weight.device, Arena())
+        kept = Kept(weight.dtype, weight.device)
+        made = self.kernels.matrix(tuple(weight.shape), split, PLAIN, kept)
         if isinstance(made, Packed):
             for slot in range(weight.shape[0]) if weight.dim() == 3 else ():
                 made[slot, : weight.shape[1] // 2].copy_(weight[slot, : weight.shape[1] // 2])
@@ -42,8 +44,8 @@ class Kind:
         return made
 
     def latent_up(self, kv_b: Tensor, sizes: Sizes) -> Any:
-        where = kv_b.dtype, kv_b.device, Arena()
-        made = self.kernels.latent_up(sizes.heads, sizes.nope, sizes.value, sizes.latent, *where)
+        kept = Kept(kv_b.dtype, kv_b.device)
+        made = self.kernels.latent_up(sizes.heads, sizes.nope, sizes.value, sizes.latent, kept)
         made.copy_(kv_b)
         return made
 

@@ -84,7 +84,8 @@ struct Experts {
         i64 *first, *order, *hits;  // of each slot its first pair; pairs by slot; slots with rows, and their number
     } s;
     // A tile that is not full keeps its rows close; so nothing takes more than twice its rows.
-    i64 room(const Matrix& m) const { return 2 * pairs() * m.chunks() * CHUNK; }
+    static i64 row_bytes(const Matrix& m) { return up(m.columns, per_chunk(rows_format(m.format))) * CHUNK; }
+    i64 room(const Matrix& m) const { return 2 * pairs() * row_bytes(m); }
     void lay(Space& space, int threads) {
         s.x = Rows::in(space, gate_up.format, rows, gate_up.columns);
         s.gathered = space.take<char>(room(gate_up));
@@ -102,7 +103,8 @@ struct Experts {
     // Rows of one slot among those of all.
     Rows of(i64 slot, char* tiles, float* scale, const Matrix& m) const {
         i64 before = s.first[slot];
-        return {tiles + 2 * before * m.chunks() * CHUNK, scale + before, m.format, s.first[slot + 1] - before, m.columns};
+        i64 count = s.first[slot + 1] - before;
+        return {tiles + 2 * before * row_bytes(m), scale + before, rows_format(m.format), count, m.columns};
     }
     Rows to_multiply(i64 slot) const { return of(slot, s.gathered, s.gathered_scale, gate_up); }
     Rows inner(i64 slot) const { return of(slot, s.inner, s.inner_scale, down); }
@@ -124,7 +126,7 @@ struct Experts {
     }
 
     void gather(Range mine) const {
-        i64 chunks = gate_up.chunks(), from_step = s.x.high() * CHUNK;
+        i64 chunks = s.x.chunks(), from_step = s.x.high() * CHUNK;
         i64 slot = 0;
         for (i64 i = mine.begin; i < mine.end; ++i) {
             while (s.first[slot + 1] <= i) ++slot;

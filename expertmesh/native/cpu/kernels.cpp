@@ -174,12 +174,65 @@ void pack_rows(const bf16* from, i64 stride, i64 first, i64 count, i64 columns, 
                    data + row / LANES * block_bytes);
 }
 
-// Rows of a packed bfloat16 matrix, the other way round.
-void unpack_rows(const char* data, i64 first, i64 count, i64 columns, bf16* to, i64 stride) {
-    i64 block_bytes = up(columns, 32) * TILE;
+// Rows [first, first + count) of part `part` of a matrix that is kept quantised, from float rows `stride` apart. Rows come
+// in whole blocks, but for the last ones of a part; 0 where they do not.
+i64 quantise_rows(const float* from, i64 stride, i64 first, i64 count, const i64* matrix, i64 part, i64 threads) {
+    Matrix whole;
+    memcpy(&whole, matrix, sizeof whole);
+    Matrix w = whole.part(part);
+    if (first % LANES || (count % LANES && first + count != w.rows)) return 0;
+#pragma omp parallel for num_threads(int(threads)) if (threads > 1 && count * w.columns > 65536)
+    for (i64 row = 0; row < count; row += LANES) {
+        i64 block = (first + row) / LANES;
+        quantise_block(from + row * stride, stride, std::min<i64>(LANES, count - row), w,
+                       const_cast<char*>(w.data) + block * w.block_bytes(),
+                       const_cast<float*>(w.scale) + block * w.groups() * LANES,
+                       const_cast<int32_t*>(w.sums) + block * LANES);
+    }
+    return 1;
+}
+
+// The same of FP8 rows as a checkpoint has them, with one scale for each GROUP of their inputs.
+void keep_fp8_rows(const char* from, i64 stride, i64 first, i64 count, const float* scales, const i64* matrix, i64 part) {
+    Matrix whole;
+    memcpy(&whole, matrix, sizeof whole);
+    Matrix w = whole.part(part);
     for (i64 r = 0; r < count; ++r) {
-        const char* block = data + (first + r) / LANES * block_bytes + (first + r) % LANES * 4;
-        for (i64 k = 0; k < columns; ++k) memcpy(to + r * stride + k, block + k / 2 * 64 + k % 2 * 2, 2);
+        i64 block = (first + r) / LANES, lane = (first + r) % LANES;
+        char* to = const_cast<char*>(w.data) + block * w.block_bytes() + lane * 4;
+        const char* row = from + r * stride;
+        i64 k = 0;
+        for (; k + 4 <= w.columns; k += 4) memcpy(to + k / 64 * TILE + k % 64 / 4 * 64, row + k, 4);
+        if (k < w.columns) memcpy(to + k / 64 * TILE + k % 64 / 4 * 64, row + k, w.columns - k);
+        for (i64 g = 0; g < w.groups(); ++g)
+            const_cast<float*>(w.scale)[(block * w.groups() + g) * LANES + lane] = scales[g];
+    }
+}
+
+// All rows of a part as products see them, [rows][columns] float.
+void widen_part(const i64* matrix, i64 part, float* to) {
+    Matrix whole;
+    memcpy(&whole, matrix, sizeof whole);
+    Matrix w = whole.part(part);
+    i64 chunks = up(w.columns, 32);
+    std::vector<char> wide(chunks * TILE);
+    for (i64 row = 0; row < w.rows; ++row) {
+        i64 block = row / LANES, lane = row % LANES;
+        if (is_grouped(w.format) && lane == 0) {
+            if (w.format == GROUPED_INT8) widen_blocks<GROUPED_INT8>(w, block, 1, 0, chunks, wide.data());
+            else if (w.format == GROUPED_INT4) widen_blocks<GROUPED_INT4>(w, block, 1, 0, chunks, wide.data());
+            else widen_blocks<FP8>(w, block, 1, 0, chunks, wide.data());
+        }
+        const char* from = is_grouped(w.format) ? wide.data() : w.data + block * w.block_bytes();
+        for (i64 k = 0; k < w.columns; ++k)
+            if (w.format == INT8) {
+                int8_t q = int8_t(from[k / 64 * TILE + k % 64 / 4 * 64 + lane * 4 + k % 4]);
+                to[row * w.columns + k] = q * w.scale[block * LANES + lane];
+            } else {
+                bf16 v;
+                memcpy(&v, from + k / 2 * 64 + lane * 4 + k % 2 * 2, 2);
+                to[row * w.columns + k] = widen(v);
+            }
     }
 }
 

@@ -76,3 +76,42 @@ inline void pack_columns(const bf16* const* row, i64 rows, i64 blocks, char* to)
             }
         }
 }
+
+// Numbers of one output as a format keeps them: bytes, and scales. What is 8 or 4 bits wide stands in one byte each.
+struct Quantised {
+    // To -127..127 or -7..7, of `group` numbers each (of all of them for INT8).
+    static void symmetric(const float* x, i64 columns, i64 group, float most, int8_t* out, float* scale, i64 step) {
+        for (i64 g = 0; g * group < columns; ++g) {
+            i64 begin = g * group, end = std::min(begin + group, columns);
+            float amax = 0;
+            for (i64 i = begin; i < end; ++i) amax = std::max(amax, std::fabs(x[i]));
+            scale[g * step] = amax / most;
+            float inverse = amax > 0 ? most / amax : 0.0f;
+            for (i64 i = begin; i < end; ++i) out[i] = int8_t(std::lrintf(x[i] * inverse));
+        }
+    }
+};
+
+// Up to 16 rows of numbers, which begin a block, into it: for every format but BFLOAT16 and FP8. scale: the block's.
+inline void quantise_block(
+    const float* from, i64 stride, i64 rows, const Matrix& w, char* block, float* scale, int32_t* sums) {
+    i64 columns = w.columns, wide = w.chunks() * per_chunk(w.format);
+    std::vector<int8_t> numbers(LANES * wide);
+    for (i64 r = 0; r < rows; ++r) {
+        bool grouped = is_grouped(w.format);
+        int8_t* row = numbers.data() + r * wide;
+        Quantised::symmetric(from + r * stride, columns, grouped ? GROUP : columns,
+                             w.format == GROUPED_INT4 ? 7.0f : 127.0f, row, scale + r, LANES);
+        if (w.format == INT8) {
+            int32_t sum = 0;
+            for (i64 i = 0; i < columns; ++i) sum += row[i];
+            sums[r] = sum;
+        }
+    }
+    if (w.format != GROUPED_INT4)
+        return pack_block(reinterpret_cast<const char*>(numbers.data()), wide, LANES, wide, block);
+    std::vector<char> nibbles(LANES * wide / 2);
+    for (i64 i = 0; i < LANES * wide / 2; ++i)
+        nibbles[i] = char((numbers[2 * i] & 15) | (numbers[2 * i + 1] & 15) << 4);
+    pack_block(nibbles.data(), wide / 2, LANES, wide / 2, block);
+}

@@ -1,31 +1,38 @@
 // Rows times a packed matrix: the one loop that nearly all time is spent in.
 //
-// A matrix is kept in blocks of 16 of its rows (outputs) and chunks of 64 bytes of each (32 bfloat16 or 64 int8 inputs):
-// [block][chunk][16 groups of 4 bytes][16 outputs][4 bytes]. A group of all outputs is one vector register, a chunk one
-// tile register, and a block one stream of memory. Rows come in tiles of up to 16 of them: [tile][chunk][row][64 bytes].
+// A matrix is kept in blocks of 16 of its rows (outputs) and chunks of 64 bytes of each (32 bfloat16, 64 of one byte or
+// 128 of four bits): [block][chunk][16 groups of 4 bytes][16 outputs][4 bytes]. A group of all outputs is one vector
+// register, a chunk one tile register, and a block one stream of memory. Rows come in tiles of up to 16 of them: [tile][chunk][row][64 bytes].
 // What a row gives is summed in one order whatever other rows there are.
 #pragma once
 #include "vectors.h"
+#include <vector>
 
-enum Format : i64 { BFLOAT16 = 0, INT8 = 1 };
+// INT8: weights and rows are whole numbers, with a scale for each output and each row. The others are of weights alone,
+// with a scale for each output and GROUP inputs; they are made bfloat16 a few at a time, in cache.
+enum Format : i64 { BFLOAT16 = 0, INT8 = 1, GROUPED_INT8 = 2, GROUPED_INT4 = 3, FP8 = 4 };
+constexpr i64 GROUP = 128;
 constexpr i64 CHUNK = 64;         // bytes of a row in a chunk
 constexpr i64 TILE = 16 * CHUNK;  // bytes of a chunk of a block
 constexpr i64 CHUNKS = 32;        // of a block that are gone through for all rows before the next: they stay in cache
 
-inline i64 per_chunk(i64 format) { return format == INT8 ? 64 : 32; }
+inline i64 per_chunk(i64 format) { return format == BFLOAT16 ? 32 : format == GROUPED_INT4 ? 128 : 64; }
+inline bool is_grouped(i64 format) { return format >= GROUPED_INT8; }
+inline i64 rows_format(i64 format) { return is_grouped(format) ? i64(BFLOAT16) : format; }
 
 struct Matrix {
     const char* data;
     i64 format, parts, rows, columns;  // rows of each part; each begins with a block of its own
-    const float* scale;                // int8: of each output, padded as the blocks are
-    const int32_t* sums;               // int8: of the inputs of each output
+    const float* scale;                // of each output, padded as the blocks are; grouped: [block][group][16]
+    const int32_t* sums;               // INT8: of the inputs of each output
 
     i64 blocks() const { return up(rows, LANES); }
     i64 chunks() const { return up(columns, per_chunk(format)); }
     i64 block_bytes() const { return chunks() * TILE; }
+    i64 groups() const { return is_grouped(format) ? up(columns, GROUP) : 1; }
     Matrix part(i64 i) const {
         i64 first = i * blocks();
-        return {data + first * block_bytes(), format, 1, rows, columns, scale + first * LANES, sums + first * LANES};
+        return {data + first * block_bytes(), format, 1, rows, columns, scale + first * groups() * LANES, sums + first * LANES};
     }
 };
 
@@ -40,8 +47,9 @@ struct Rows {
     i64 tile_bytes() const { return chunks() * high() * CHUNK; }
     char* at(i64 row) const { return tiles + row / LANES * tile_bytes() + row % LANES * CHUNK; }
 
+    // For a matrix of this format.
     static Rows in(Space& space, i64 format, i64 count, i64 columns) {
-        Rows rows{nullptr, nullptr, format, count, columns};
+        Rows rows{nullptr, nullptr, rows_format(format), count, columns};
         rows.tiles = space.take<char>(up(count, LANES) * rows.tile_bytes());
         rows.scale = space.take<float>(format == INT8 ? count : 0);
         return rows;
@@ -366,8 +374,67 @@ namespace fastest = vector_tiles;
 inline void leave() {}
 #endif
 
+// Groups of inputs, as they are kept, to numbers: pair(i) is a pair of the four or eight of each output.
+template <i64 format> INLINE void widen_group(U16 kept, F16 scale, U16* pairs) {
+    constexpr int many = format == GROUPED_INT4 ? 8 : 4, bits = 32 / many;
+    for (int i = 0; i < many; i += 2) {
+        F16 v[2];
+        for (int j = 0; j < 2; ++j) {
+            U16 high = kept << (32 - bits * (i + j + 1));
+            if constexpr (format == FP8) {
+                // A sign, 4 bits of exponent (bias 7), 3 of the number; of exponent 0 multiples of 2^-9.
+                U16 rest = (high >> 24) & 0x7f;
+                F16 normal = (F16)((rest << 20) + (120u << 23));
+                F16 tiny = __builtin_convertvector((I16)rest, F16) * 0.001953125f;
+                F16 size = (I16)rest < 8 ? tiny : normal;
+                v[j] = (F16)((U16)size | (high & 0x80000000u)) * scale;
+            } else v[j] = __builtin_convertvector((I16)high >> (32 - bits), F16) * scale;
+        }
+        pairs[i / 2] = __builtin_convertvector(narrow(v[0]), U16) | (__builtin_convertvector(narrow(v[1]), U16) << 16);
+    }
+}
+
+// Blocks of a grouped matrix as bfloat16: chunks of 32 inputs [first, first + count), which begin where kept ones do.
+template <i64 format> inline void widen_blocks(const Matrix& w, i64 block, i64 blocks, i64 first, i64 count, char* to) {
+    constexpr i64 each = format == GROUPED_INT4 ? 4 : 2;  // chunks of 32 in one that is kept
+    for (i64 b = 0; b < blocks; ++b)
+        for (i64 c = 0; c < count; c += each) {
+            i64 kept = (first + c) / each;
+            const char* from = w.data + (block + b) * w.block_bytes() + kept * TILE;
+            for (i64 line = 0; line < TILE; line += 64) __builtin_prefetch(from + 4 * TILE + line);
+            F16 scale = load(w.scale + ((block + b) * w.groups() + (first + c) * 32 / GROUP) * LANES);
+            i64 here = std::min(each, count - c);
+            for (i64 k = 0; k < 16; ++k) {
+                U16 pairs[each];
+                widen_group<format>(*reinterpret_cast<const U16*>(from + k * 64), scale, pairs);
+                for (i64 p = 0; p < each; ++p) {
+                    i64 at = k * each + p;  // among the pairs of all that is kept in a chunk
+                    if (at / 16 < here)
+                        *reinterpret_cast<U16*>(to + (b * count + c + at / 16) * TILE + at % 16 * 64) = pairs[p];
+                }
+            }
+        }
+}
+
+inline void grouped_product(
+    const Rows& x, i64 tile0, i64 tile1, const Matrix& w, i64 block, i64 blocks, float* out, i64 ld) {
+    // As much as stays in the nearest cache where each weight is used once or a few times.
+    i64 at_a_time = tile1 - tile0 > 2 ? CHUNKS : 8, all_chunks = x.chunks();
+    thread_local std::vector<char> wide;
+    if (i64(wide.size()) < blocks * at_a_time * TILE + 64) wide.resize(blocks * at_a_time * TILE + 64);
+    char* to = wide.data() + (-reinterpret_cast<uintptr_t>(wide.data()) & 63);
+    for (i64 first = 0; first < all_chunks; first += at_a_time) {
+        i64 chunks = std::min(at_a_time, all_chunks - first);
+        if (w.format == GROUPED_INT8) widen_blocks<GROUPED_INT8>(w, block, blocks, first, chunks, to);
+        else if (w.format == GROUPED_INT4) widen_blocks<GROUPED_INT4>(w, block, blocks, first, chunks, to);
+        else widen_blocks<FP8>(w, block, blocks, first, chunks, to);
+        fastest::tiles<BFLOAT16>(x, tile0, tile1, to, chunks * TILE, first, chunks, blocks, out, ld, first == 0);
+    }
+}
+
 // Tiles [tile0, tile1) of the rows times blocks [block, block + blocks) of a part: out [rows up to a multiple of 16][ld].
 inline void product(const Rows& x, i64 tile0, i64 tile1, const Matrix& w, i64 block, i64 blocks, float* out, i64 ld) {
+    if (is_grouped(w.format)) return grouped_product(x, tile0, tile1, w, block, blocks, out, ld);
     i64 next = w.block_bytes(), all_chunks = w.chunks();
     const char* data = w.data + block * next;
     for (i64 first = 0; first < all_chunks; first += CHUNKS) {
