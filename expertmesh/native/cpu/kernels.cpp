@@ -201,9 +201,8 @@ void keep_fp8_rows(const char* from, i64 stride, i64 first, i64 count, const flo
         i64 block = (first + r) / LANES, lane = (first + r) % LANES;
         char* to = const_cast<char*>(w.data) + block * w.block_bytes() + lane * 4;
         const char* row = from + r * stride;
-        i64 k = 0;
-        for (; k + 4 <= w.columns; k += 4) memcpy(to + k / 64 * TILE + k % 64 / 4 * 64, row + k, 4);
-        if (k < w.columns) memcpy(to + k / 64 * TILE + k % 64 / 4 * 64, row + k, w.columns - k);
+        // Of four inputs the even ones in the lower half, the odd ones in the upper half.
+        for (i64 k = 0; k < w.columns; ++k) to[k / 64 * TILE + k % 64 / 4 * 64 + k % 2 * 2 + k % 4 / 2] = row[k];
         for (i64 g = 0; g < w.groups(); ++g)
             const_cast<float*>(w.scale)[(block * w.groups() + g) * LANES + lane] = scales[g];
     }
@@ -214,15 +213,11 @@ void widen_part(const i64* matrix, i64 part, float* to) {
     Matrix whole;
     memcpy(&whole, matrix, sizeof whole);
     Matrix w = whole.part(part);
-    i64 chunks = up(w.columns, 32);
-    std::vector<char> wide(chunks * TILE);
+    std::vector<char> wide(w.groups() * GROUP_BYTES);
     for (i64 row = 0; row < w.rows; ++row) {
         i64 block = row / LANES, lane = row % LANES;
-        if (is_grouped(w.format) && lane == 0) {
-            if (w.format == GROUPED_INT8) widen_blocks<GROUPED_INT8>(w, block, 1, 0, chunks, wide.data());
-            else if (w.format == GROUPED_INT4) widen_blocks<GROUPED_INT4>(w, block, 1, 0, chunks, wide.data());
-            else widen_blocks<FP8>(w, block, 1, 0, chunks, wide.data());
-        }
+        if (is_grouped(w.format) && lane == 0)
+            for (i64 g = 0; g < w.groups(); ++g) widen_blocks(w, block, 1, g, wide.data() + g * GROUP_BYTES);
         const char* from = is_grouped(w.format) ? wide.data() : w.data + block * w.block_bytes();
         for (i64 k = 0; k < w.columns; ++k)
             if (w.format == INT8) {
@@ -231,7 +226,8 @@ void widen_part(const i64* matrix, i64 part, float* to) {
             } else {
                 bf16 v;
                 memcpy(&v, from + k / 2 * 64 + lane * 4 + k % 2 * 2, 2);
-                to[row * w.columns + k] = widen(v);
+                float scale = is_grouped(w.format) ? w.scale[(block * w.groups() + k / GROUP) * LANES + lane] : 1.0f;
+                to[row * w.columns + k] = widen(v) * scale;
             }
     }
 }

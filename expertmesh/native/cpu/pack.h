@@ -110,8 +110,13 @@ inline void quantise_block(
     }
     if (w.format != GROUPED_INT4)
         return pack_block(reinterpret_cast<const char*>(numbers.data()), wide, LANES, wide, block);
+    // Of eight inputs the even ones in the lower half of the bits, the odd ones in the upper half.
     std::vector<char> nibbles(LANES * wide / 2);
-    for (i64 i = 0; i < LANES * wide / 2; ++i)
-        nibbles[i] = char((numbers[2 * i] & 15) | (numbers[2 * i + 1] & 15) << 4);
+    for (i64 i = 0; i < LANES * wide; i += 8)
+        for (int half = 0; half < 2; ++half)
+            for (int j = 0; j < 2; ++j) {
+                const int8_t* two = numbers.data() + i + 4 * j + half;
+                nibbles[i / 2 + 2 * half + j] = char((two[0] & 15) | (two[2] & 15) << 4);
+            }
     pack_block(nibbles.data(), wide / 2, LANES, wide / 2, block);
 }

@@ -374,61 +374,111 @@ namespace fastest = vector_tiles;
 inline void leave() {}
 #endif
 
-// Groups of inputs, as they are kept, to numbers: pair(i) is a pair of the four or eight of each output.
-template <i64 format> INLINE void widen_group(U16 kept, F16 scale, U16* pairs) {
-    constexpr int many = format == GROUPED_INT4 ? 8 : 4, bits = 32 / many;
-    for (int i = 0; i < many; i += 2) {
-        F16 v[2];
-        for (int j = 0; j < 2; ++j) {
-            U16 high = kept << (32 - bits * (i + j + 1));
-            if constexpr (format == FP8) {
-                // A sign, 4 bits of exponent (bias 7), 3 of the number; of exponent 0 multiples of 2^-9.
-                U16 rest = (high >> 24) & 0x7f;
-                F16 normal = (F16)((rest << 20) + (120u << 23));
-                F16 tiny = __builtin_convertvector((I16)rest, F16) * 0.001953125f;
-                F16 size = (I16)rest < 8 ? tiny : normal;
-                v[j] = (F16)((U16)size | (high & 0x80000000u)) * scale;
-            } else v[j] = __builtin_convertvector((I16)high >> (32 - bits), F16) * scale;
+// Groups of inputs, as they are kept, to pairs of bfloat16 numbers of each output: exact, since none has more than eight
+// binary digits. In a group of 4 bytes, or 8 halves of one, the first half of the bits holds the even inputs of FP8 and
+// GROUPED_INT4 and the second the odd ones, so that both of a pair are treated by the same instructions.
+#if defined(__AVX512BW__)
+INLINE __m512i fp8_pair(__m512i high) {  // in the upper byte of each 16 bits
+    __m512i rest = _mm512_and_si512(high, _mm512_set1_epi16(0x7f00));
+    __m512i size = _mm512_add_epi16(_mm512_srli_epi16(rest, 4), _mm512_set1_epi16(120 << 7));
+    // Exponent 0: multiples of 2^-9.
+    const __m512i tiny = _mm512_castsi128_si512(_mm_setr_epi16(
+        0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
+    __mmask32 is_tiny = _mm512_cmplt_epu16_mask(rest, _mm512_set1_epi16(0x0800));
+    size = _mm512_mask_permutexvar_epi16(size, is_tiny, _mm512_srli_epi16(rest, 8), tiny);
+    return _mm512_or_si512(size, _mm512_and_si512(high, _mm512_set1_epi16(int16_t(0x8000))));
+}
+template <i64 format> INLINE void widen_group(const char* from, char* to) {
+    __m512i kept = _mm512_loadu_si512(from);
+    if constexpr (format == GROUPED_INT4) {
+        const __m512i numbers = _mm512_castsi256_si512(_mm256_setr_epi16(  // 0 to 7, -8 to -1
+            0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, int16_t(0xc100), int16_t(0xc0e0),
+            int16_t(0xc0c0), int16_t(0xc0a0), int16_t(0xc080), int16_t(0xc040), int16_t(0xc000), int16_t(0xbf80)));
+        const __m512i low = _mm512_set1_epi16(15);
+        for (int p = 0; p < 4; ++p) {
+            __m512i index = _mm512_and_si512(_mm512_srl_epi16(kept, _mm_cvtsi32_si128(4 * p)), low);
+            _mm512_storeu_si512(to + p * 64, _mm512_permutexvar_epi16(index, numbers));
         }
-        pairs[i / 2] = __builtin_convertvector(narrow(v[0]), U16) | (__builtin_convertvector(narrow(v[1]), U16) << 16);
+    } else if constexpr (format == FP8) {
+        _mm512_storeu_si512(to, fp8_pair(_mm512_slli_epi16(kept, 8)));
+        _mm512_storeu_si512(to + 64, fp8_pair(kept));
+    } else {
+        for (int p = 0; p < 2; ++p) {
+            __m512i even = _mm512_srai_epi32(_mm512_sll_epi32(kept, _mm_cvtsi32_si128(24 - 16 * p)), 24);
+            __m512i odd = _mm512_srai_epi32(_mm512_sll_epi32(kept, _mm_cvtsi32_si128(16 - 16 * p)), 24);
+            __m512i a = _mm512_castps_si512(_mm512_cvtepi32_ps(even)), b = _mm512_castps_si512(_mm512_cvtepi32_ps(odd));
+            _mm512_storeu_si512(to + p * 64, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b));
+        }
     }
 }
-
-// Blocks of a grouped matrix as bfloat16: chunks of 32 inputs [first, first + count), which begin where kept ones do.
-template <i64 format> inline void widen_blocks(const Matrix& w, i64 block, i64 blocks, i64 first, i64 count, char* to) {
-    constexpr i64 each = format == GROUPED_INT4 ? 4 : 2;  // chunks of 32 in one that is kept
-    for (i64 b = 0; b < blocks; ++b)
-        for (i64 c = 0; c < count; c += each) {
-            i64 kept = (first + c) / each;
-            const char* from = w.data + (block + b) * w.block_bytes() + kept * TILE;
-            for (i64 line = 0; line < TILE; line += 64) __builtin_prefetch(from + 4 * TILE + line);
-            F16 scale = load(w.scale + ((block + b) * w.groups() + (first + c) * 32 / GROUP) * LANES);
-            i64 here = std::min(each, count - c);
-            for (i64 k = 0; k < 16; ++k) {
-                U16 pairs[each];
-                widen_group<format>(*reinterpret_cast<const U16*>(from + k * 64), scale, pairs);
-                for (i64 p = 0; p < each; ++p) {
-                    i64 at = k * each + p;  // among the pairs of all that is kept in a chunk
-                    if (at / 16 < here)
-                        *reinterpret_cast<U16*>(to + (b * count + c + at / 16) * TILE + at % 16 * 64) = pairs[p];
-                }
-            }
+#else
+INLINE U16 upper_half(F16 x) { return (U16)x >> 16; }
+INLINE F16 fp8_number(U16 byte) {
+    U16 rest = byte & 0x7f;
+    F16 size = (I16)rest < 8 ? __builtin_convertvector((I16)rest, F16) * 0.001953125f : (F16)((rest << 20) + (120u << 23));
+    return (F16)((U16)size | ((byte & 0x80) << 24));
+}
+template <i64 format> INLINE void widen_group(const char* from, char* to) {
+    U16 kept = *reinterpret_cast<const U16*>(from);
+    constexpr int pairs = format == GROUPED_INT4 ? 4 : 2;
+    for (int p = 0; p < pairs; ++p) {
+        U16 pair;
+        if constexpr (format == GROUPED_INT4) {
+            I16 even = (I16)(kept << (28 - 4 * p)) >> 28, odd = (I16)(kept << (12 - 4 * p)) >> 28;
+            pair = upper_half(__builtin_convertvector(even, F16)) | upper_half(__builtin_convertvector(odd, F16)) << 16;
+        } else if constexpr (format == FP8) {
+            F16 even = fp8_number(kept >> (8 * p) & 0xff), odd = fp8_number(kept >> (16 + 8 * p) & 0xff);
+            pair = upper_half(even) | upper_half(odd) << 16;
+        } else {
+            I16 even = (I16)(kept << (24 - 16 * p)) >> 24, odd = (I16)(kept << (16 - 16 * p)) >> 24;
+            pair = upper_half(__builtin_convertvector(even, F16)) | upper_half(__builtin_convertvector(odd, F16)) << 16;
         }
+        *reinterpret_cast<U16*>(to + p * 64) = pair;
+    }
+}
+#endif
+
+// A group of inputs of some blocks, as bfloat16 without their scales: [block][chunk of 32 inputs].
+constexpr i64 GROUP_BYTES = GROUP / 32 * TILE;
+template <i64 format> inline void widen_blocks(const Matrix& w, i64 block, i64 blocks, i64 group, char* to) {
+    constexpr i64 kept = GROUP / (format == GROUPED_INT4 ? 128 : 64), grown = GROUP_BYTES / (kept * TILE);
+    i64 chunks = std::min(kept, w.chunks() - group * kept);
+    for (i64 b = 0; b < blocks; ++b) {
+        const char* from = w.data + (block + b) * w.block_bytes() + group * kept * TILE;
+        for (i64 k = 0; k < chunks * 16; ++k) {
+            __builtin_prefetch(from + k * 64 + 4 * TILE);
+            widen_group<format>(from + k * 64, to + b * GROUP_BYTES + k * 64 * grown);
+        }
+    }
+}
+inline void widen_blocks(const Matrix& w, i64 block, i64 blocks, i64 group, char* to) {
+    if (w.format == GROUPED_INT8) widen_blocks<GROUPED_INT8>(w, block, blocks, group, to);
+    else if (w.format == GROUPED_INT4) widen_blocks<GROUPED_INT4>(w, block, blocks, group, to);
+    else widen_blocks<FP8>(w, block, blocks, group, to);
 }
 
+// Every group's sums are scaled and added to those of the groups before it.
 inline void grouped_product(
     const Rows& x, i64 tile0, i64 tile1, const Matrix& w, i64 block, i64 blocks, float* out, i64 ld) {
-    // As much as stays in the nearest cache where each weight is used once or a few times.
-    i64 at_a_time = tile1 - tile0 > 2 ? CHUNKS : 8, all_chunks = x.chunks();
-    thread_local std::vector<char> wide;
-    if (i64(wide.size()) < blocks * at_a_time * TILE + 64) wide.resize(blocks * at_a_time * TILE + 64);
-    char* to = wide.data() + (-reinterpret_cast<uintptr_t>(wide.data()) & 63);
-    for (i64 first = 0; first < all_chunks; first += at_a_time) {
-        i64 chunks = std::min(at_a_time, all_chunks - first);
-        if (w.format == GROUPED_INT8) widen_blocks<GROUPED_INT8>(w, block, blocks, first, chunks, to);
-        else if (w.format == GROUPED_INT4) widen_blocks<GROUPED_INT4>(w, block, blocks, first, chunks, to);
-        else widen_blocks<FP8>(w, block, blocks, first, chunks, to);
-        fastest::tiles<BFLOAT16>(x, tile0, tile1, to, chunks * TILE, first, chunks, blocks, out, ld, first == 0);
+    i64 rows = std::min(tile1 * LANES, x.count) - tile0 * LANES, chunks = x.chunks();
+    i64 bytes = blocks * GROUP_BYTES, floats = (tile1 - tile0) * LANES * blocks * LANES;
+    thread_local std::vector<char> memory;
+    if (i64(memory.size()) < bytes + floats * 4 + 64) memory.resize(bytes + floats * 4 + 64);
+    char* wide = memory.data() + (-reinterpret_cast<uintptr_t>(memory.data()) & 63);
+    float* sums = reinterpret_cast<float*>(wide + bytes);
+    for (i64 group = 0; group < w.groups(); ++group) {
+        i64 first = group * GROUP / 32;
+        widen_blocks(w, block, blocks, group, wide);
+        fastest::tiles<BFLOAT16>(
+            x, tile0, tile1, wide, GROUP_BYTES, first, std::min(GROUP / 32, chunks - first), blocks, sums, blocks * LANES, true);
+        for (i64 b = 0; b < blocks; ++b) {
+            F16 scale = load(w.scale + ((block + b) * w.groups() + group) * LANES);
+            for (i64 r = 0; r < rows; ++r) {
+                F16 sum = load(sums + (r * blocks + b) * LANES) * scale;
+                float* at = out + r * ld + b * LANES;
+                store(at, group ? load(at) + sum : sum);
+            }
+        }
     }
 }
 
