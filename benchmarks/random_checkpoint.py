@@ -26,6 +26,8 @@ COMMON: dict[str, Any] = {
     "topk_group": 4,
     "routed_scaling_factor": 2.5,
     "norm_topk_prob": True,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
     "max_position_embeddings": 4096,
     "bos_token_id": 0,
     "eos_token_id": 1,

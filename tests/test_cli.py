@@ -372,7 +372,7 @@ def test_bench_measures_and_prints_json(cli: Cli, tiny_folder: Path, tmp_path: P
 
 def measured(load: float, rss: int, prefill: float, one: float, sixteen: float) -> dict[str, Any]:
     return {
-        "load_seconds": load, "peak_rss_bytes": rss, "prefill_tokens_per_second": prefill,
+        "load_seconds": load, "bare_rss_bytes": 10, "peak_rss_bytes": rss, "prefill_tokens_per_second": prefill,
         "decode_tokens_per_second": {"1": one, "16": sixteen},
     }  # fmt: skip
 
@@ -385,39 +385,64 @@ def long_folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def two_engines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Three rounds of measurements, whose middle ones are 2 and 4 times better. Returns who was measured."""
+def engines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Three rounds of measurements, whose middle ones are 2 and 4 times better than transformers' and, but for memory,
+    not as good as vLLM's. Returns who was measured."""
     runs = {
         "expertmesh": [(1, 100, 50, 5, 60), (2, 200, 40, 6, 80), (3, 300, 30, 7, 90)],
+        "vllm": [(1, 400, 80, 8, 100)] * 3,
         "transformers": [(9, 800, 10, 3, 20), (1, 100, 25, 1, 16), (4, 400, 20, 2, 24)],
     }
+    first = {"expertmesh": [1, 2, 3, 4], "vllm": [1, 2, 3, 4], "transformers": [1, 2, 3, 5]}
     turns: list[str] = []
 
-    def run(arguments: list[str]) -> dict[str, Any]:
-        turns.append(arguments[0])
-        return measured(*runs[arguments[0]][turns.count(arguments[0]) - 1])
+    def run(name: str, command: list[str], environment: dict[str, str]) -> dict[str, Any]:
+        turns.append(name)
+        return measured(*runs[name][turns.count(name) - 1]) | {"first_tokens": first[name]}
 
-    monkeypatch.setattr("expertmesh.commands.bench._in_own_process", run)
+    monkeypatch.setattr("expertmesh.commands.bench_engine._in_own_process", run)
     return turns
 
 
-def test_bench_compares_medians(cli: Cli, long_folder: Path, two_engines: list[str]) -> None:
-    code, out, _ = cli("bench", "engine", long_folder, "--json")
+def test_bench_compares_medians(cli: Cli, long_folder: Path, tmp_path: Path, engines: list[str]) -> None:
+    code, out, _ = cli("bench", "engine", long_folder, "--json", "--peers", tmp_path)
     report = json.loads(out)
-    assert two_engines == ["expertmesh", "transformers"] * 3
+    assert engines == ["expertmesh", "transformers"] * 3
     assert report["expertmesh"] == measured(2, 200, 40, 6, 80)
-    assert report["transformers"] == measured(4, 400, 20, 2, 20)
+    said = {"version": "", "precision": "float32", "same_first_token": 0.75}
+    assert report["transformers"] == measured(4, 400, 20, 2, 20) | said
     ratios = {"load": 2, "peak_rss": 2, "prefill": 2, "decode_1": 3, "decode_16": 4}
-    assert (code, report["ratios"]) == (0, ratios)
+    assert (code, report["ratios"]) == (0, {"transformers": ratios})
+    assert report["best_peer"] == {
+        row: {"peer": "transformers", "ratio": ratio} for row, ratio in ratios.items()
+    }
 
 
-def test_bench_for_people(cli: Cli, long_folder: Path, two_engines: list[str]) -> None:
-    code, out, _ = cli("bench", "engine", long_folder, "--dtype", "bfloat16", "--threads", 2)
+def test_bench_for_people(cli: Cli, long_folder: Path, tmp_path: Path, engines: list[str]) -> None:
+    code, out, _ = cli(
+        "bench", "engine", long_folder, "--dtype", "bfloat16", "--threads", 2, "--peers", tmp_path
+    )
     title, head, *rows = out.splitlines()
     assert (code, title) == (0, f"{long_folder.name}, bfloat16, 2 threads, median of 3 rounds")
     assert head.split() == ["expertmesh", "transformers", "times", "better"]
     assert [row.split()[-3:] for row in rows] == [
         ["2", "4", "2.00"], ["0.0002", "0.0004", "2.00"], ["40", "20", "2.00"], ["6", "2", "3.00"], ["80", "20", "4.00"]
+    ]  # fmt: skip
+
+
+def test_bench_against_the_best(cli: Cli, long_folder: Path, tmp_path: Path, engines: list[str]) -> None:
+    """Row by row; in the order in which they are named."""
+    (vllm := tmp_path / "peers" / "vllm").mkdir(parents=True)
+    (vllm / "peer.json").write_text('{"version": "0"}')
+    given = ("--peers", vllm.parent, "--against", "transformers,vllm")
+    code, out, err = cli("bench", "engine", long_folder, *given)
+    title, head, *rows = out.splitlines()
+    assert (code, err, engines) == (0, "", ["expertmesh", "transformers", "vllm"] * 3)
+    assert title.endswith("median of 3 rounds")
+    assert head.split() == ["expertmesh", "transformers", "vllm", "times", "better"]
+    assert [row.split()[-3:] for row in rows] == [
+        ["0.50", "than", "vllm"], ["2.00", "than", "transformers"], ["0.50", "than", "vllm"], ["0.75", "than", "vllm"],
+        ["0.80", "than", "vllm"],
     ]  # fmt: skip
 
 
@@ -580,6 +605,11 @@ def test_ports_are_tried_before_a_model_is_looked_for(cli: Cli) -> None:
         (("--rounds", "0"), "--rounds and --repeats must be at least 1"),
         (("--repeats", "0"), "--rounds and --repeats must be at least 1"),
         (("--dtype", "int4"), "dtype 'int4' is not one of"),
+        (
+            ("--peers", "nowhere", "--against", "vllm"),
+            "not set up: vllm; run `benchmarks/peers/setup vllm --into ",
+        ),
+        (("--against", "vllm,ollama"), "--against 'ollama' is not one of llama.cpp, vllm, transformers"),
     ],
 )
 def test_bench_refuses(cli: Cli, tiny_folder: Path, given: tuple[str, ...], words: str) -> None:
