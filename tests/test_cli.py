@@ -178,6 +178,7 @@ def test_engine_options_arrive(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Non
             "x",
             {
                 **plain,
+                "quantise": "none",
                 "prefix_cache": False,
                 "strict": True,
                 "progress": True,
@@ -191,6 +192,7 @@ def test_engine_options_arrive(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Non
         None,
         {
             "dtype": "auto",
+            "quantise": "none",
             "prefix_cache": True,
             "strict": False,
             "progress": True,
@@ -363,7 +365,8 @@ def test_bench_measures_and_prints_json(cli: Cli, tiny_folder: Path, tmp_path: P
     report = json.loads(out)
     assert (code, err) == (0, "")
     ours = report.pop("expertmesh")
-    assert report == {"model": tmp_path.name, "dtype": "float32", "threads": 1, "rounds": 1}
+    rest = {"model": tmp_path.name, "dtype": "float32", "quantise": "none", "threads": 1, "rounds": 1}
+    assert report == rest
     assert ours["load_seconds"] > 0 and ours["peak_rss_bytes"] > 10_000_000
     assert ours["prefill_tokens_per_second"] > 0
     assert set(ours["decode_tokens_per_second"]) == {"1", "16"}
