@@ -1,6 +1,7 @@
 """The step loop: schedule, run, update, detokenise."""
 
 import itertools
+import logging
 import secrets
 import time
 from collections.abc import Sequence
@@ -46,6 +47,12 @@ class Engine:
         self.tokenizer = Tokenizer.of(folder, self.model.vocab_size)
         checkpoint = open_checkpoint(folder, self.model)
         kernels = kernels_for("cpu", config.dtype_of(self.model), config.strict)
+        if kernels.lacking and config.quantise != "none":
+            raise InputError(f"quantise {config.quantise} needs the CPU's own kernels: {kernels.lacking}")
+        if kernels.lacking:
+            logging.getLogger(__name__).warning(
+                "slower than it could be: the CPU's own kernels are not there (%s)", kernels.lacking
+            )
         self.ranks: Ranks
         if config.ranks == "processes":
             self.ranks = ProcessRanks(checkpoint, config, self.layout, kernels, launcher)

@@ -58,6 +58,7 @@ class ProcessRanks:
             "config": asdict(self.config),
             "layout": layout.to_plain(),
             "threads": max(1, cores() // sharing),
+            "native": kernels.graph is not None,
         }
         specs = [common | {"rank": rank} for rank in range(ranks)]
         launcher = launcher or Here(PRELOAD)

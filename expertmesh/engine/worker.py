@@ -1,5 +1,6 @@
 """A rank that is a process: what `engine.processes` starts, and what it is told over its channel."""
 
+import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -16,6 +17,7 @@ from expertmesh.engine.plan import Plan
 from expertmesh.engine.ranks import PATIENCE, collectives_of, new_weights
 from expertmesh.engine.runner import Runner
 from expertmesh.engine.wire import BatchReader, Plain, write_result
+from expertmesh.errors import InputError
 from expertmesh.kernels import kernels_for
 from expertmesh.launch.channel import Channel
 from expertmesh.launch.duty import Duty
@@ -93,7 +95,7 @@ class _Rank(RankProcess):
         topology = self._layout.topology
         peers = self._layout.how.peers(topology, self._number)
         super().__init__(topology, self._number, spec["address"], peers, self._config.timeout)
-        self._reader = BatchReader()
+        self._reader, self._native = BatchReader(), spec["native"]
         self._placement = self._layout.placement
 
     def do(self, message: Plain) -> Any:
@@ -125,6 +127,12 @@ class _Rank(RankProcess):
         checkpoint = open_checkpoint(self._folder, ModelConfig.from_folder(self._folder))
         shard = Shard.of(self._number, self._layout.topology, self._layout.placement)
         kernels = kernels_for("cpu", self._config.dtype, self._config.strict)
+        if (kernels.graph is not None) != self._native:
+            # Weights that move would arrive in an order that the other kind cannot read.
+            here = kernels.lacking or "they are there, and not where the engine runs"
+            raise InputError(
+                f"all machines need the CPU's own kernels, or none: on {socket.gethostname()} {here}"
+            )
         new = new_weights(self._config, self._config.dtype, "cpu", kernels)
         model = DeepSeek(checkpoint.config, shard, kernels, new)
         load(checkpoint, model.weights(), shard)

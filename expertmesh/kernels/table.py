@@ -5,9 +5,8 @@ S slots per rank, L layers, R rank or received rows, C latent. Here also: N and 
 rotary position and of its value; P the rotary part.
 """
 
-import logging
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -24,8 +23,6 @@ from expertmesh.kernels.types import AttentionRows, Queries, Rotary, Routing
 from expertmesh.native import NotBuilt
 
 __all__ = ["AttentionRows", "Kernels", "Queries", "Rotary", "Routing", "kernels_for"]
-
-log = logging.getLogger(__name__)
 
 
 class Matrix(Protocol):
@@ -122,7 +119,7 @@ class Experts(Protocol):
 @dataclass(frozen=True)
 class Kernels:
     """One implementation per op. graph: what records a step's ops and runs them again in one call, where there is
-    such."""
+    such; lacking: why the device's own kernels are not there, where they should be."""
 
     matrix: Matrix
     latent_up: NewLatentUp
@@ -141,6 +138,7 @@ class Kernels:
     experts: Experts
     origin: dict[str, str]
     graph: Graph | None = None
+    lacking: str = ""
 
     @property
     def on_reference(self) -> list[str]:
@@ -148,21 +146,21 @@ class Kernels:
         return [op for op, origin in self.origin.items() if origin == "reference"]
 
 
-OPS = tuple(f.name for f in fields(Kernels) if f.name not in ("origin", "graph"))
+OPS = tuple(f.name for f in fields(Kernels) if f.name not in ("origin", "graph", "lacking"))
 
 
 def kernels_for(device_type: str, dtype: str = "float32", strict: bool = False) -> Kernels:
     """The fastest version of every op on this kind of device; strict refuses to run any on its reference, or on library
     kernels where there are some of our own for this type."""
-    graph = None
+    graph, lacking = None, ""
     if device_type == "cpu" and dtype == "bfloat16":
         try:
             graph = native()
         except NotBuilt as error:
             if strict:
                 raise InputError(f"strict: the CPU's own kernels are not there: {error}") from None
-            log.warning("the CPU's own kernels are not there, library kernels take their place: %s", error)
-    kernels = kernels_of(graph)
+            lacking = str(error)
+    kernels = replace(kernels_of(graph), lacking=lacking)
     if strict and kernels.on_reference:
         raise InputError(
             f"strict: these ops have only their reference on {device_type}: {', '.join(kernels.on_reference)}"
