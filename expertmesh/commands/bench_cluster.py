@@ -8,7 +8,7 @@ from typing import Any
 from expertmesh.bench.exchange import PRELOAD, bench_exchange
 from expertmesh.bench.gloo import NAME as PLAIN_COLLECTIVE
 from expertmesh.bench.overlap import Load, bench_overlap
-from expertmesh.bench.perplexity import perplexities
+from expertmesh.bench.perplexity import by_exchange
 from expertmesh.bench.transport import bench_transport
 from expertmesh.bench.workload import Workload
 from expertmesh.commands.cluster import (
@@ -117,7 +117,7 @@ def _measure_exchange(args: argparse.Namespace) -> dict[str, Any]:
         report = bench_exchange(workload, names, launcher)
     if not args.no_perplexity:
         # Two nodes of two cards: what crosses is quantised, and that is all that the layout changes.
-        report["perplexity"] = perplexities(
+        report["perplexity"] = by_exchange(
             None,
             list(PROMPTS.values()),
             [name for name in report["reduction"] if name in ALGORITHMS],
