@@ -221,11 +221,17 @@ def _bytes(weight: Weight, dtype: str, tp_size: int, precision: Precision) -> in
     return prod(shape) * (4 if weight.kind == "router" else DTYPE_BYTES[dtype])
 
 
-def expert_bytes(config: ModelConfig, dtype: str, quantise: str = "none") -> int:
-    """Bytes of one routed expert of one layer."""
+def moves_experts(config: ModelConfig, topology: Topology, rebalance: str) -> bool:
+    """Whether experts may move, so that a rank has spare memory for one; rebalance: as in `EngineConfig`."""
+    return rebalance != "off" and topology.ranks > 1 and bool(config.moe_layers)
+
+
+def expert_bytes(config: ModelConfig, dtype: str, quantise: str = "none", packed: bool = False) -> int:
+    """Bytes of one routed expert of one layer; packed: in the order of the CPU's own kernels, which fills up what does
+    not divide."""
     width, hidden = config.moe_intermediate_size, config.hidden_size
     format = Precision.of(quantise).experts
-    if format is PLAIN:
+    if format is PLAIN and not packed:
         return 3 * width * hidden * DTYPE_BYTES[dtype]
     return 2 * sum(format.part_bytes(width, hidden)) + sum(format.part_bytes(hidden, width))
 

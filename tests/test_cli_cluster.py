@@ -163,6 +163,12 @@ def test_memory_compares_layouts(tmp_path: Path, capsys: pytest.CaptureFixture[s
     # 46.27 and 15.62 GB with one byte a number; here all are bfloat16, and the router float32.
     assert small["total"] == pytest.approx(2 * 46.27e9, rel=0.01)
     assert large["total"] == pytest.approx(2 * 15.62e9, rel=0.01)
+    _, out, _ = run(
+        capsys, "memory", str(tmp_path), "--layout", "2x8", "--layout", "1x1", "--rebalance", "auto", "--json"
+    )
+    moving, alone = json.loads(out)["layouts"]
+    assert moving["bytes"].pop("spare") > 0 and alone["bytes"].pop("spare") == 0
+    assert moving["bytes"] == small["bytes"]
     _, table, _ = run(capsys, "memory", str(tmp_path), "--layout", "2x8", "--layout", "8x8")
     assert "x 0.2500" in table
 
@@ -175,7 +181,7 @@ def test_memory_compares_layouts(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["generate", *GENERATE, "--cards", "3", "--attention-tp", "3"], "does not divide num_attention_heads 8"),
         (["generate", *GENERATE, "--nodes", "2", "--exchange", "ring"], "exchange 'ring' is not one of flat"),
         (["generate", *GENERATE, "--nodes", "2", "--ranks", "fibers"], "not one of threads, processes"),
-        (["generate", *GENERATE, "--nodes", "2", "--redundant", "9"], "9 redundant slots"),
+        (["generate", *GENERATE, "--nodes", "2", "--redundant", "65"], "65 redundant slots"),
         (["bench", "engine", "--nodes", "2", "--exchange", "ring"], "exchange 'ring'"),
         ([*EXCHANGE, "--algorithms", "ring"], "exchange 'ring' is not one of flat"),
         ([*EXCHANGE, "--algorithms", "flat,ring", "--ranks", "processes"], "exchange 'ring' is not one of flat"),
@@ -195,6 +201,7 @@ def test_memory_compares_layouts(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ([*EXCHANGE, "--groups", "1", "--groups-per-token", "1", "--experts-per-token", "256"], "256 experts a token"),
         ([*EXCHANGE, "--tokens", "100000000"], "GB are free here"),
         ([*EXCHANGE, "--ranks", "fibers"], "not one of threads, processes"),
+        (["memory", "--rebalance", "often"], "rebalance 'often' is not one of auto, off, every=STEPS"),
         (["memory", "--layout", "8by8"], "not of the form 8x8"),
         (["memory", "--layout", "0x8"], "nodes is 0"),
         (["memory", "/nowhere"], "no such folder"),

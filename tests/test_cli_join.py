@@ -127,7 +127,8 @@ def test_the_same_line_on_three_machines(start: Start) -> None:
         assert cells[:4] == [str(node), f"node{node}", "eth0", f"10.77.0.{node + 1}"]
         assert cells[5:] == [f"{2 * node}-{2 * node + 1}", str(node)]
     assert lines[4].startswith("3 nodes x 2 cards as processes") and lines[5].startswith(READY)
-    assert len(lines) == 8 and "tokens/s" in lines[6] and lines[7].startswith("MB sent")
+    assert len(lines) == 9 and "tokens/s" in lines[6] and lines[7].startswith("MB sent")
+    assert lines[8].startswith("steps: ")
 
 
 @needs_a_cluster

@@ -166,6 +166,7 @@ class _Way:
     plan: Callable[..., Placement] | None = None
     split: bool = False
     at_once: bool = False
+    resets: int = 0
     spent: _Spent = field(default_factory=_Spent)
 
     def __post_init__(self) -> None:
@@ -176,7 +177,7 @@ class _Way:
         self._balancer, self._steps, self._moved = None, 0, 0
         if self.plan is not None:
             mode = f"every={self.traffic.every}"
-            self._balancer = Balancer(mode, self, layout, SIZE, self.split, self.plan)  # type: ignore[arg-type]
+            self._balancer = Balancer(mode, self, layout, SIZE, self.plan)  # type: ignore[arg-type]
 
     def step(self, counts_LE: Floats) -> None:
         placement = self.placement if self._balancer is None else self._balancer.placement
@@ -190,7 +191,7 @@ class _Way:
             self.spent.counting += self.layers * self.model.counts
         self._steps += 1
         if self._balancer is not None:
-            self._balancer.after_step(1.0)
+            self._balancer.after_step(1.0, self.split)
             self._balancer.wait()  # a plan is there at the next step: real time does not count here
         elif self.at_once and self._steps % self.traffic.every == 0:
             self._replace()

@@ -17,7 +17,7 @@ class Alone:
     leads = True
     whole = True
 
-    def prepare(self, pieces: int, split: str) -> None:
+    def prepare(self, pieces: int, split: str, rows: int) -> None:
         pass
 
     @property

@@ -203,9 +203,9 @@ class Collectives(Protocol):
 class Exchange(Protocol):
     """Sends rows to the ranks that hold their experts, and results back. combine takes what dispatch returned."""
 
-    def prepare(self, pieces: int, split: str) -> None:
+    def prepare(self, pieces: int, split: str, rows: int) -> None:
         """For the next step, the same on all ranks. pieces: into how many the rows of every rank are cut on their
-        way; split: how replicas are chosen (`comm.replicas`)."""
+        way; split: how replicas are chosen (`comm.replicas`); rows: that a rank has at most."""
         ...
 
     def dispatch(self, layer: int, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Received: ...

@@ -73,8 +73,8 @@ class TieredExchange:
         self.comm, self.how, self.pieces = comm, how, pieces
         self.replicas = Replicas(comm, placement)
 
-    def prepare(self, pieces: int, split: str) -> None:
-        self.pieces, self.replicas.how = pieces, split
+    def prepare(self, pieces: int, split: str, rows: int) -> None:
+        self.pieces, self.replicas.how, self.replicas.rows = pieces, split, rows
 
     @property
     def placement(self) -> Placement:

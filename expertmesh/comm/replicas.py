@@ -6,7 +6,7 @@ rows of all ranks go to each slot in this step, before any leaves, and all come 
 that nobody waits for them.
 """
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -16,8 +16,7 @@ from expertmesh.comm.base import Comm, Transfer
 from expertmesh.mesh.placement import Ints, Placement
 from expertmesh.mesh.split import Small, Split
 
-Counts: TypeAlias = NDArray[np.uint16]
-MOST = np.iinfo(np.uint16).max  # rows of a slot that are told; a step has fewer
+Counts: TypeAlias = NDArray[np.unsignedinteger[Any]]
 
 
 class Gathering:
@@ -42,15 +41,16 @@ class Gathering:
         return self._comm.start("counts", ranks, [part] * len(ranks), [part.numel()] * len(ranks))
 
     def _arrived(self) -> Counts:
-        return np.concatenate([part.numpy() for part in self._transfer.wait()]).view(np.uint16)
+        return np.concatenate([part.numpy() for part in self._transfer.wait()]).view(self._mine.dtype)
 
 
 class Replicas:
-    """Of one rank. how: see above, the same on all ranks."""
+    """Of one rank. how: see above; rows: of a rank in a step, at most, so that counts travel in as few bytes as hold
+    that. Both are the same on all ranks."""
 
     def __init__(self, comm: Comm, placement: Placement, tolerance: float = 0.0) -> None:
         """tolerance: how far above the mean a rank may be for the sake of fewer copies to other nodes."""
-        self.how = "even"
+        self.how, self.rows = "even", 0
         self._comm, self._tolerance = comm, tolerance
         self._splits: dict[int, Split] = {}
         self._even: dict[int, Ints] = {}
@@ -75,7 +75,7 @@ class Replicas:
         if self.how == "even" or not split.replicated:
             return self._even[layer][experts_TK], None
         wish = split.wish(experts_TK, rank)
-        gathering = Gathering(self._comm, np.minimum(wish.counts_2P, MOST).astype(np.uint16))
+        gathering = Gathering(self._comm, wish.counts_2P.astype(np.min_scalar_type(self.rows)))
         if self.how == "now":
             self._comm.turns.turn()
             gathering.forward()

@@ -40,7 +40,7 @@ CLUSTER_OPTIONS = (
         "split",
         str,
         "how the rows of a step are shared out to replicas: now (by this step's counts), last (by the last one's), "
-        "even, auto (default: the faster one)",
+        "even, auto (default: between nodes of processes the fastest, by measuring; elsewhere now)",
     ),
     ("rebalance", str, "move experts to where the loads want them: auto, off (default), every=STEPS"),
     ("timeout", float, "seconds after which a rank that does not come or answer has failed (default: 30)"),

@@ -10,7 +10,13 @@ from typing import Any
 import torch
 
 from expertmesh.balancer.formats import loads_document
-from expertmesh.commands.loading import add_model, describe_balance, describe_traffic, load_llm
+from expertmesh.commands.loading import (
+    add_model,
+    describe_balance,
+    describe_steps,
+    describe_traffic,
+    load_llm,
+)
 from expertmesh.commands.options import add_sampling, given_sampling
 from expertmesh.errors import InputError
 from expertmesh.llm import LLM, Prompt
@@ -62,7 +68,7 @@ def _generate(llm: LLM, args: argparse.Namespace, prompts: list[Prompt], params:
     tokens = sum(len(o.token_ids) for o in outputs)
     print(f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:.0f} tokens/s)", file=sys.stderr)
     if llm.engine.layout.topology.ranks > 1:
-        print(describe_traffic(llm), file=sys.stderr)
+        print(f"{describe_traffic(llm)}\n{describe_steps(llm)}", file=sys.stderr)
         if llm.engine.balancer is not None:
             print(describe_balance(llm.engine.balancer), file=sys.stderr)
     if args.loads:

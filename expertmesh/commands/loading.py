@@ -99,11 +99,27 @@ def describe_memory(llm: LLM) -> str:
     )
 
 
+def describe_steps(llm: LLM) -> str:
+    """How steps have been computed so far, and how long they took, in a line."""
+    parts = [
+        f"{spent.steps} {'halved' if way.micro_batches == 2 else 'whole'}, split {way.split}, "
+        f"{1000 * spent.seconds / spent.steps:.1f} ms each"
+        for way, spent in llm.engine.planner.spent.items()
+    ]
+    return f"steps: {'; '.join(parts)}"
+
+
 def describe_balance(balancer: Balancer) -> str:
     """What the balancer has done so far, in a line."""
     state = balancer.state
+    known = state.imbalance is not None
+    fullest = (
+        f"fullest card {state.imbalance:.3f} of the mean"
+        if known
+        else "too few rows to tell the fullest card"
+    )
     said = (
-        f"balance: fullest card {state.imbalance:.3f} of the mean; {state.plans} plans, {state.refused} that would not "
+        f"balance: {fullest}; {state.plans} plans, {state.refused} that would not "
         f"pay, {state.moved} experts moved in {state.swaps} rounds, {state.moved_bytes / 1e6:.1f} MB; {state.doing}"
     )
     return said + (f"; {state.failures} failures, last: {state.error}" if state.failures else "")

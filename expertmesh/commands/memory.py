@@ -13,7 +13,7 @@ from expertmesh.errors import InputError
 from expertmesh.llm import demo_model
 from expertmesh.mesh.layout import Layout
 from expertmesh.mesh.topology import Topology
-from expertmesh.weights import Shard, static_bytes
+from expertmesh.weights import Shard, expert_bytes, moves_experts, static_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="instead of --nodes and --cards; repeatable, to compare: --layout 2x8 --layout 8x8",
     )  # fmt: skip
     parser.add_argument("--redundant", type=int, default=0, help="slots of a layer for replicas")
+    parser.add_argument(
+        "--rebalance", default="off",
+        help="with anything but off (default) a rank has spare memory for an expert that is coming",
+    )  # fmt: skip
     add_precision(parser.add_argument)
     parser.add_argument("--json", action="store_true", help="print JSON, and nothing else")
 
@@ -31,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     folder = Path(args.model) if args.model else demo_model()
     model = ModelConfig.from_folder(folder)
-    config = EngineConfig(dtype=args.dtype, quantise=args.quantise)
+    config = EngineConfig(
+        dtype=args.dtype, quantise=args.quantise, redundant=args.redundant, rebalance=args.rebalance
+    )
     config.check_precision(model)
     dtype = config.dtype_of(model)
     if args.layout and (args.nodes or args.cards or args.attention_tp):
@@ -39,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
             "--layout takes the place of --nodes, --cards and --attention-tp; give one or the other"
         )
     topologies = [_parse(text) for text in args.layout or ()] or [given_topology(args)]
-    layouts = [_examine(model, dtype, args.quantise, topology, args.redundant) for topology in topologies]
+    layouts = [_examine(model, dtype, topology, config) for topology in topologies]
     report = {
         "model": folder.resolve().name,
         "dtype": dtype,
@@ -57,12 +63,13 @@ def _parse(text: str) -> Topology:
     return Topology(*map(int, text.split("x")))
 
 
-def _examine(
-    model: ModelConfig, dtype: str, quantise: str, topology: Topology, redundant: int
-) -> dict[str, Any]:
-    layout = Layout.of(model, topology, "two_tier", redundant)
+def _examine(model: ModelConfig, dtype: str, topology: Topology, config: EngineConfig) -> dict[str, Any]:
+    layout, kept = Layout.of(model, topology, config.exchange, config.redundant), config.quantise
     # All ranks hold the same but for their experts, whose slots are as many on each.
-    kinds = static_bytes(model, dtype, Shard.of(0, layout.topology, layout.placement), quantise)
+    kinds = static_bytes(model, dtype, Shard.of(0, layout.topology, layout.placement), kept)
+    if config.rebalance != "off":  # in a table of several layouts also where it is nothing
+        moves = moves_experts(model, layout.topology, config.rebalance)
+        kinds["spare"] = moves * expert_bytes(model, dtype, kept)
     return {
         "nodes": topology.nodes,
         "cards": topology.cards_per_node,

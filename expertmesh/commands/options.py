@@ -29,7 +29,12 @@ SAMPLING_OPTIONS = (
     ("top_p", float, "smallest set of tokens with this probability"),
     ("top_k", int, "this many most likely tokens; 0 for all"),
     ("min_p", float, "drop tokens less likely than this times the most likely"),
-    ("seed", int, "makes the output repeatable, bit for bit with --overlap off or on"),
+    (
+        "seed",
+        int,
+        "makes the output repeatable, bit for bit where nothing goes by time: with --overlap off or on, and where "
+        "experts have replicas with --split now, last or even and --rebalance off",
+    ),
     ("logprobs", int, "report this many most likely tokens at each position (with --json)"),
     ("presence_penalty", float, "against tokens that are in the output"),
     ("frequency_penalty", float, "against tokens, by their count in the output"),

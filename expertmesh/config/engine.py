@@ -33,7 +33,8 @@ class EngineConfig:
     computing is no reason not to. overlap: whether a step is cut into two micro-batches, of which one computes while
     the rows of the other travel: "on", "off", or "auto", which tries and keeps what is faster (`engine.plan`); with
     it, sums of floating-point numbers may differ in their last bits from run to run. split: how each step's rows are
-    shared out to the replicas of an expert (`comm.replicas`): "now", "last", "even", or "auto", which finds out.
+    shared out to the replicas of an expert (`comm.replicas`): "now", "last", "even", or "auto", which finds out
+    where rows of processes cross nodes, and is "now" elsewhere.
     rebalance: whether experts move to where the loads want them: "auto", "off", or "every=N" steps.
     """
 

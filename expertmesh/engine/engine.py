@@ -27,7 +27,7 @@ from expertmesh.launch.launcher import Launcher
 from expertmesh.mesh.layout import Layout
 from expertmesh.mesh.topology import Topology
 from expertmesh.request import Output, Request, SamplingParams
-from expertmesh.weights import expert_bytes
+from expertmesh.weights import moves_experts
 
 
 class Engine:
@@ -76,20 +76,19 @@ class Engine:
 
     def _splits(self, wire: bool) -> tuple[str, ...]:
         """Ways to share rows out to replicas that the planner may use. Where no wire is waited for, counts of the same
-        step cost nothing but their own time."""
+        step cost nothing but their own time, and nothing is tried: such a run repeats itself."""
         slots = self.layout.placement.slots_LRS
         if self.layout.topology.ranks == 1 or int((slots[:1] >= 0).sum()) <= self.model.n_routed_experts:
             return ("even",)
         if self.config.split != "auto":
             return (self.config.split,)
-        return ("last", "now") if wire else ("now",)
+        return ("last", "now", "even") if wire else ("now",)
 
     def _new_balancer(self) -> Balancer | None:
         mode, layout = self.config.rebalance, self.layout
-        if mode == "off" or layout.topology.ranks == 1 or not self.model.moe_layers:
+        if not moves_experts(self.model, layout.topology, mode):
             return None
-        size = expert_bytes(self.model, self.config.dtype, self.config.quantise)
-        return Balancer(mode, self.ranks, layout, size, self.config.split != "even")
+        return Balancer(mode, self.ranks, layout, self.ranks.memory.kinds["spare"])
 
     @property
     def busy(self) -> bool:
@@ -161,7 +160,7 @@ class Engine:
             taken = time.perf_counter() - start
             self.planner.took(batches, plan, taken)
             if self.balancer is not None:
-                self.balancer.after_step(taken)
+                self.balancer.after_step(taken, plan.split != "even")
             return [self._output(request) for request in self.scheduler.update(batches, results)]
 
     def close(self) -> None:

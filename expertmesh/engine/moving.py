@@ -7,6 +7,7 @@ two steps. Nothing that serves is written before.
 
 import zlib
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -66,9 +67,9 @@ class Mover:
         out: list[int | None] = []
         for m in moves:
             if m.source == self._comm.rank:
-                out.append(zlib.crc32(_joined(self._parts(m.layer, m.source_slot)).numpy().data))
+                out.append(_checksum(self._parts(m.layer, m.source_slot)))
             elif m.rank == self._comm.rank and self._spare is not None:
-                out.append(zlib.crc32(self._spare.numpy().data))
+                out.append(_checksum([self._spare]))
             else:
                 out.append(None)
         return out
@@ -101,6 +102,11 @@ class Mover:
             pieces.append(part[max(0, start - first) : max(0, stop - first)])
             first += part.numel()
         return _joined(pieces)
+
+
+def _checksum(parts: Sequence[Tensor]) -> int:
+    """Of all parts one after the other."""
+    return reduce(lambda sum_, part: zlib.crc32(part.numpy().data, sum_), parts, 0)
 
 
 def _joined(pieces: Sequence[Tensor]) -> Tensor:

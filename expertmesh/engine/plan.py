@@ -21,11 +21,12 @@ MOST_PIECES = 4  # more of them cost more time than they hide
 @dataclass(frozen=True)
 class Plan:
     """The same for all ranks. micro_batches: 1 or 2; pieces: of a rank's rows in the exchange; split: how replicas
-    are chosen (`comm.replicas`)."""
+    are chosen (`comm.replicas`); rows: of a rank, at most."""
 
-    micro_batches: int = 1
-    pieces: int = 1
-    split: str = "even"
+    micro_batches: int
+    pieces: int
+    split: str
+    rows: int
 
 
 class Way(NamedTuple):
@@ -33,6 +34,14 @@ class Way(NamedTuple):
 
     micro_batches: int
     split: str
+
+
+@dataclass
+class Spent:
+    """On steps of one way, of all sizes."""
+
+    steps: int = 0
+    seconds: float = 0.0
 
 
 def pieces_of(rows: int, row_bytes: int) -> int:
@@ -46,7 +55,8 @@ class Planner:
     Cutting a step hides the time on the wire behind the computation, and makes that longer: the weights are read
     twice, and every matrix product is smaller. Counts of the same step level the ranks better than those of the last
     one, and have to be waited for. Which is more depends on the model, the links and the number of rows, so "auto"
-    tries what there is on steps of about the same size and keeps to the fastest.
+    tries what there is on steps of about the same size and keeps to the fastest. With few rows that may be even shares:
+    then counts are more bytes than what they level.
     """
 
     def __init__(self, mode: str, row_bytes: int, wire: bool, splits: Sequence[str] = ("even",)) -> None:
@@ -55,23 +65,28 @@ class Planner:
         self._mode, self._row_bytes, self._wire = mode, row_bytes, wire
         self._splits = tuple(splits)
         self._seen: dict[tuple[int, int], _Seen] = {}
+        self.spent: dict[Way, Spent] = {}
 
     def plan(self, batches: Sequence[Batch], ranks_of_group: int) -> Plan:
         rows = max(batch.rows for batch in batches)
-        pieces = pieces_of(-(-rows // ranks_of_group), self._row_bytes) if self._wire else 1
+        of_rank = -(-rows // ranks_of_group)
+        pieces = pieces_of(of_rank, self._row_bytes) if self._wire else 1
         cuts: tuple[int, ...] = (1,)
         if rows >= 2 and self._mode != "off":
             cuts = (2,) if self._mode == "on" else (1, 2) if self._wire else (1,)
         options = [Way(cut, split) for split in self._splits for cut in cuts]
         if len(options) == 1:
-            return Plan(options[0].micro_batches, pieces, options[0].split)
+            return Plan(options[0].micro_batches, pieces, options[0].split, of_rank)
         way = self._seen.setdefault(_kind(batches), _Seen(options)).choose()
-        return Plan(way.micro_batches, pieces, way.split)
+        return Plan(way.micro_batches, pieces, way.split, of_rank)
 
     def took(self, batches: Sequence[Batch], plan: Plan, seconds: float) -> None:
         """A step has been computed."""
+        way = Way(plan.micro_batches, plan.split)
+        spent = self.spent.setdefault(way, Spent())
+        spent.steps, spent.seconds = spent.steps + 1, spent.seconds + seconds
         if (seen := self._seen.get(_kind(batches))) is not None:
-            seen.add(Way(plan.micro_batches, plan.split), seconds / max(batch.rows for batch in batches))
+            seen.add(way, seconds / max(batch.rows for batch in batches))
 
 
 def _kind(batches: Sequence[Batch]) -> tuple[int, int]:

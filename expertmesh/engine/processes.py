@@ -51,7 +51,7 @@ class ProcessRanks:
         self.config, self.memory = resolve_memory(
             checkpoint, config, layout, kernels, sharing, together=False
         )
-        self._steps = 0
+        self._steps = self.resets = 0
         self._writers = [BatchWriter() for _ in range(layout.topology.groups)]
         common = {
             "folder": str(checkpoint.folder.resolve()),
@@ -114,6 +114,7 @@ class ProcessRanks:
         return self.crew.ask([message] * self.layout.topology.ranks, during)
 
     def reset(self) -> None:
+        self.resets += 1
         self.crew.ask([{"do": "reset"}] * self.layout.topology.ranks)
 
     def on_failure(self, callback: Callable[[str], None]) -> None:

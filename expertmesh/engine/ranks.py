@@ -32,7 +32,7 @@ from expertmesh.mesh.placement import Placement
 from expertmesh.model.deepseek import DeepSeek
 from expertmesh.model.layers import Made, New
 from expertmesh.request import Batch, StepResult
-from expertmesh.weights import Shard, expert_bytes, static_bytes
+from expertmesh.weights import Shard, expert_bytes, moves_experts, static_bytes
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Ranks(Protocol):
 
     config: EngineConfig
     memory: Memory
+    resets: int  # how often `reset` has been called
 
     @property
     def pids(self) -> list[int]:
@@ -115,8 +116,8 @@ def resolve_memory(
     shards = shards_of(layout, config)
     config.check_precision(model)
     kinds = static_bytes(model, dtype, shards[0], config.quantise)  # all ranks have as many slots
-    if config.rebalance != "off" and topology.ranks > 1:
-        kinds["spare"] = expert_bytes(model, dtype, config.quantise)
+    if moves_experts(model, topology, config.rebalance):
+        kinds["spare"] = expert_bytes(model, dtype, config.quantise, kernels.graph is not None)
     weights = sum(kinds.values()) * sharing
     if together:
         made: dict[Hashable, Made] = {}
@@ -200,7 +201,7 @@ class ThreadRanks:
         load_ranks(
             checkpoint, [(r.model.weights(), s) for r, s in zip(self.runners, shards, strict=True)], progress
         )
-        self._steps = 0
+        self._steps = self.resets = 0
         self._done_by: Collection[int] = ()
         self._failure: str | None = None
         self._done: queue.SimpleQueue[_Done] = queue.SimpleQueue()
@@ -309,6 +310,7 @@ class ThreadRanks:
         return [comm.sent for comm in self._comms]
 
     def reset(self) -> None:
+        self.resets += 1
         for runner in self.runners:
             runner.loads.reset()
         for comm in self._comms:

@@ -56,7 +56,7 @@ class Runner:
     def run(self, batch: Batch, plan: Plan) -> StepResult:
         """Compute my share of the TP group's batch; choose a token for each request whose known tokens are all
         computed. Every rank of the group gets the batch, the first one gives the results."""
-        self.collectives.exchange.prepare(plan.pieces, plan.split)
+        self.collectives.exchange.prepare(plan.pieces, plan.split, plan.rows)
         parts = cut(batch) if plan.micro_batches == 2 else (batch,)
         asked = [_asked(part) for part in parts]
         rows = self.collectives.run(

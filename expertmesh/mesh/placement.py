@@ -128,15 +128,16 @@ def default_placement(
 
     In order means by routing group: where the nodes divide the groups, or the groups the nodes, a group stays on its
     nodes, and a token that is limited to some groups is sent to no more nodes (DeepSeek-V3, section 2.1.2). Replicas
-    stay in their expert's node for the same reason, on another card. Without loads every expert counts the same.
+    stay in their expert's node for the same reason, on another card, until all cards there have it. Without loads every
+    expert counts the same.
     """
     ranks = topology.ranks
     if redundant < 0:
         raise InputError(f"placement: {redundant} redundant slots; must be at least 0")
-    if redundant > experts * (topology.cards_per_node - 1):
+    if redundant > experts * (ranks - 1):
         raise InputError(
-            f"placement: {redundant} redundant slots a layer, but {experts} experts on nodes of "
-            f"{topology.cards_per_node} cards can use {experts * (topology.cards_per_node - 1)} at most"
+            f"placement: {redundant} redundant slots a layer, but {experts} experts on {ranks} cards can use "
+            f"{experts * (ranks - 1)} at most"
         )
     parts = np.array_split(np.arange(experts), ranks)
     extra = _replicas(parts, topology, redundant)
@@ -151,22 +152,24 @@ def default_placement(
 def _replicas(parts: Sequence[Ints], topology: Topology, redundant: int) -> list[list[int]]:
     """Experts of the redundant slots of each rank. A card takes one from the card before it in its node, the next
     one from the card before that, and so on: where all cards of a node have as many, each gives what it takes."""
-    cards = topology.cards_per_node
+    within = topology.cards_per_node
     hosts = {int(e): [rank] for rank, part in enumerate(parts) for e in part}
     extra: list[list[int]] = [[] for _ in range(topology.ranks)]
     for _ in range(redundant):
-        ready = [r for r in range(topology.ranks) if _candidates(r, hosts, cards)]
+        ready = [r for r in range(topology.ranks) if _candidates(r, hosts, within)]
+        if not ready:  # all cards of every node have all that is in it
+            within, ready = topology.ranks, list(range(topology.ranks))
         rank = min(ready, key=lambda r: (len(parts[r]) + len(extra[r]), topology.card_of(r), r))
         turn = len(extra[rank])
         expert = min(
-            _candidates(rank, hosts, cards),
-            key=lambda e: (len(hosts[e]), (rank - hosts[e][0] - 1 - turn) % cards, e),
+            _candidates(rank, hosts, within),
+            key=lambda e: (len(hosts[e]), (rank - hosts[e][0] - 1 - turn) % within, e),
         )
         hosts[expert].append(rank)
         extra[rank].append(expert)
     return extra
 
 
-def _candidates(rank: int, hosts: dict[int, list[int]], cards: int) -> list[int]:
-    """Experts of the rank's node that are not on it."""
-    return [e for e, at in hosts.items() if at[0] // cards == rank // cards and rank not in at]
+def _candidates(rank: int, hosts: dict[int, list[int]], within: int) -> list[int]:
+    """Experts of so many ranks around this one that are not on it."""
+    return [e for e, at in hosts.items() if at[0] // within == rank // within and rank not in at]

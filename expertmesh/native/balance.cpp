@@ -597,16 +597,16 @@ void settle(const void* placement, int cards_per_node, const int32_t* counts, do
             int32_t* take) {
     const Slots& slots = *static_cast<const Slots*>(placement);
     const int size = slots.count();
-    auto node = [&](int card) { return card / cards_per_node; };
+    auto first_of_node = [&](int p) { return slots.card[p] / cards_per_node * cards_per_node; };
     auto wished = [&](int r, int kind, int p) { return Load(counts[(size_t(r) * 2 + kind) * size + p]); };
     Flow flow;
     flow.slot.assign(size, 0);
     flow.card.assign(slots.cards, 0);
-    for (int r = 0; r < slots.cards; r++)
-        for (int kind = 0; kind < 2; kind++)
-            for (int p = 0; p < size; p++) flow.slot[p] += wished(r, kind, p);
+    vector<int32_t> all(size, 0);  // wishes of all cards; so narrow that many are added at a time
+    for (int row = 0; row < 2 * slots.cards; row++)
+        for (int p = 0; p < size; p++) all[p] += counts[size_t(row) * size + p];
     Load total = 0;
-    for (int p = 0; p < size; p++) flow.card[slots.card[p]] += flow.slot[p], total += flow.slot[p];
+    for (int p = 0; p < size; p++) flow.card[slots.card[p]] += flow.slot[p] = all[p], total += all[p];
     vector<Load> before = flow.slot;
     Leveller().run(slots, flow, Load(std::ceil(double(total) / slots.cards * (1 + tolerance))));
 
@@ -617,25 +617,32 @@ void settle(const void* placement, int cards_per_node, const int32_t* counts, do
         const auto& at = slots.at[e];
         if (at.size() < 2) continue;
         std::fill(homeless.begin(), homeless.end(), 0);
-        for (int p : at)
-            for (int turn = 0; turn < 4; turn++)  // open ones of other nodes, of this; bound ones of other nodes, of this
-                for (int r = 0; r < slots.cards && before[p] > flow.slot[p]; r++) {
-                    int kind = turn < 2, near = turn % 2;
-                    if ((node(r) == node(slots.card[p])) != near) continue;
+        for (int p : at) {
+            auto leave = [&](int kind, int first, int end) {
+                for (int r = first; r < end && before[p] > flow.slot[p]; r++) {
                     Load part = std::min(before[p] - flow.slot[p], wished(r, kind, p));
                     before[p] -= part;
                     homeless[r] += part;
                     if (r == rank) shed[kind * size + p] = int32_t(part);
                 }
-        for (int reach = 0; reach < 2; reach++)  // into the own node first
-            for (int p : at)
-                for (int r = 0; r < slots.cards && before[p] < flow.slot[p]; r++) {
-                    if (reach == 0 && node(r) != node(slots.card[p])) continue;
+            };
+            const int first = first_of_node(p), end = first + cards_per_node;
+            for (int kind : {1, 0}) {  // open ones of other nodes, of this; bound ones of other nodes, of this
+                leave(kind, 0, first);
+                leave(kind, end, slots.cards);
+                leave(kind, first, end);
+            }
+        }
+        for (bool anywhere : {false, true})  // into the own node first
+            for (int p : at) {
+                const int first = anywhere ? 0 : first_of_node(p), end = anywhere ? slots.cards : first + cards_per_node;
+                for (int r = first; r < end && before[p] < flow.slot[p]; r++) {
                     Load part = std::min(flow.slot[p] - before[p], homeless[r]);
                     before[p] += part;
                     homeless[r] -= part;
                     if (r == rank) take[p] += int32_t(part);
                 }
+            }
     }
 }
 

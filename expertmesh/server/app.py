@@ -60,10 +60,11 @@ class _Routes:
         self._created = int(time.time())
 
     async def health(self) -> Response:
-        """200 while the engine runs, 503 otherwise."""
+        """200 while the engine runs, 503 otherwise. Where experts may move, also what the balancer does."""
         if self._worker.problem is not None:
             return JSONResponse(ApiError(503, self._worker.problem, code="engine_stopped").body, 503)
-        return JSONResponse({"status": "ok"})
+        balancer = self._llm.engine.balancer
+        return JSONResponse({"status": "ok"} | ({} if balancer is None else {"balance": balancer.report()}))
 
     async def models(self) -> dict[str, Any]:
         """The one model that is served."""

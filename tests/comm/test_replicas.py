@@ -58,7 +58,7 @@ def run(
     def program(comm: Comm) -> tuple[list[Tensor], list[Arrivals], int]:
         rank = comm.rank
         exchange = TieredExchange(comm, case.placement, algorithm("two_tier"))
-        exchange.prepare(pieces, split)
+        exchange.prepare(pieces, split, max(map(len, case.x)) * case.experts[0].shape[1])
         back, came, rows = [], [Counter[Any]() for _ in range(case.placement.experts)], 0
         for step in range(steps):
             x = case.x[rank] + step
@@ -140,22 +140,42 @@ def test_counts_of_the_last_step_level_the_same_step_when_it_comes_again(case: C
 
 
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("redundant", [0, 4])
-def test_counts_travel_only_where_there_is_a_choice(split: str, redundant: int) -> None:
+@pytest.mark.parametrize(
+    ("redundant", "rows", "size"), [(0, 3, 1), (4, 255, 1), (4, 256, 2), (4, 1 << 16, 4)]
+)
+def test_counts_travel_only_where_there_is_a_choice(split: str, redundant: int, rows: int, size: int) -> None:
+    """In as few bytes as hold the rows that a rank may have."""
     topology = Topology(2, 2, 1)
     placement = default_placement(8, [0], topology, redundant)
 
     def program(comm: Comm) -> int:
         exchange = TieredExchange(comm, placement, algorithm("two_tier"))
-        exchange.prepare(1, split)
+        exchange.prepare(1, split, rows)
         received = exchange.dispatch(0, torch.ones(3, 4), torch.arange(3)[:, None], torch.ones(3, 1))
         exchange.combine(torch.zeros_like(received.x_RD), received)
         return comm.sent.across("counts") + comm.sent.in_node("counts")
 
     told = LocalWorld(topology, 60).run(program)
     asked = redundant and split != "even"
-    # Of 12 slots two counts of 2 bytes: one rank's to the rail's peer, two ranks' to the other card.
-    assert told == [2 * 12 * 2 * 3 if asked else 0] * 4
+    # Of 12 slots two counts: one rank's to the rail's peer, two ranks' to the other card.
+    assert told == [2 * 12 * size * 3 if asked else 0] * 4
+
+
+@pytest.mark.parametrize("rows", [255, 256])
+def test_counts_are_exact_at_the_ends_of_their_type(rows: int) -> None:
+    """All rows of one rank for an expert that all four have."""
+    topology = Topology(2, 2, 1)
+    placement = Placement(np.tile(np.arange(2), (1, 4, 1)), 2, (0,))
+    experts = [torch.zeros(rows if rank == 3 else 0, 1, dtype=torch.int64) for rank in range(4)]
+
+    def program(comm: Comm) -> Ints:
+        replicas = Replicas(comm, placement)
+        replicas.how, replicas.rows = "now", rows
+        return replicas.choose(0, experts[comm.rank].numpy())[0]
+
+    slots = LocalWorld(topology, 60).run(program)[3]
+    by_rank = np.bincount(slots.ravel() // 2)
+    assert by_rank.sum() == rows and by_rank.max() == -(-rows // 4)
 
 
 def chosen_after(
@@ -165,7 +185,7 @@ def chosen_after(
 
     def program(comm: Comm) -> tuple[Ints, Ints]:
         replicas, mine = Replicas(comm, puts[0]), experts[comm.rank].numpy()
-        replicas.how = "now"
+        replicas.how, replicas.rows = "now", max(map(len, experts))
         replicas.choose(0, mine)
         replicas.how = "last"
         before, _ = _finish(replicas, mine)

@@ -69,7 +69,7 @@ def test_what_is_asked_for_is_done(rows: list[int], tp: int, wire: bool) -> None
         planner = Planner(mode, WIDE, wire)
         for _ in range(5):
             plan = planner.plan(several, tp)
-            assert plan == Plan(micro_batches, pieces)
+            assert plan == Plan(micro_batches, pieces, "even", -(-max(rows) // tp))
             planner.took(several, plan, 1.0)
 
 

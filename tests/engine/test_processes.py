@@ -6,12 +6,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
 import pytest
 
 from expertmesh import LLM, SamplingParams, Topology
+from expertmesh.engine.plan import Plan
 from expertmesh.engine.processes import PRELOAD, ProcessRanks
 from expertmesh.errors import RankFailure
 from expertmesh.launch.duty import ENDED
@@ -143,7 +145,7 @@ def test_a_rank_killed_while_idle_is_named_at_the_next_step(llm: LLM) -> None:
 def test_a_rank_that_raises_is_named_with_what_it_raised(llm: LLM) -> None:
     ranks, processes = llm.engine.ranks, pids(llm)
     assert isinstance(ranks, ProcessRanks)
-    step = {"do": "step", "batch": {"ended": [], "slices": []}, "plan": {}}
+    step = {"do": "step", "batch": {"ended": [], "slices": []}, "plan": asdict(Plan(1, 1, "even", 0))}
     with pytest.raises(
         RankFailure, match=r"rank 1 \(node 0, card 1\) .* failed in .*ValueError: no such message: nonsense"
     ):
@@ -206,7 +208,7 @@ def test_a_rank_that_computes_for_longer_than_the_timeout_has_not_failed(
     ) as llm:
         ranks = llm.engine.ranks
         assert isinstance(ranks, ProcessRanks)
-        step = {"do": "step", "batch": {"ended": [], "slices": []}, "plan": {}}
+        step = {"do": "step", "batch": {"ended": [], "slices": []}, "plan": asdict(Plan(1, 1, "even", 0))}
         ranks.crew.members[1].channel.send(step)
         time.sleep(3)
         assert len(ranks.crew.ask([step, {"do": "loads"}])) == 2

@@ -1,6 +1,8 @@
 """Experts that move while requests go on: the same tokens, the right weights, and what happens when something fails."""
 
 import logging
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from expertmesh import LLM, SamplingParams, Topology
+from expertmesh.comm.local import cores
 from expertmesh.engine import balancer as balancing
 from expertmesh.engine.balancer import CHECK, FIRST, Balancer
 from expertmesh.engine.engine import Engine
@@ -238,6 +241,42 @@ def test_a_rank_that_fails_while_experts_move_ends_the_engine(
                 tokens(llm)
 
 
+def test_a_process_that_is_killed_while_experts_move_ends_the_engine(fork_server: ForkServer) -> None:
+    with cluster(ranks="processes", launcher=Here(PRELOAD, fork_server)) as llm:
+        stage, pids = llm.engine.ranks.stage, llm.engine.ranks.pids
+
+        def killed(*what: Any) -> None:
+            os.kill(pids[1], signal.SIGKILL)
+            stage(*what)
+
+        llm.engine.ranks.stage = killed  # type: ignore[method-assign]
+        for _ in range(2):
+            with pytest.raises(RankFailure, match=r"rank 1 \(node 0, card 1\) on .*SIGKILL"):
+                tokens(llm)
+
+
+@pytest.mark.parametrize("ranks", ["threads", "processes"])
+def test_requests_come_and_go_while_experts_move(
+    ranks: str, fork_server: ForkServer, expected: list[list[int]]
+) -> None:
+    """One begins, one is given up, another one ends."""
+    options = {"launcher": Here(PRELOAD, fork_server)} if ranks == "processes" else {}
+    with cluster(ranks=ranks, rebalance="every=2", **options) as llm:
+        first = llm.stream(PROMPTS[:2], PARAMS)
+        for _ in range(20):
+            next(first)
+        second = llm.stream(PROMPTS[2], PARAMS)
+        for _ in range(20):
+            next(second)
+        second.close()
+        assert tokens(llm, PROMPTS[3:]) == expected[3:]
+        last = {o.request_id: o.token_ids for o in first}
+        assert [last[key] for key in sorted(last)] == expected[:2]
+        assert tokens(llm) == expected
+        state = report(llm)
+        assert state["moved"] > 0 and state.items() >= NONE.items()
+
+
 # --- Memory
 
 
@@ -263,7 +302,7 @@ def test_nothing_to_balance(mode: str, tiny_folder: Path, pair_of: Callable[[str
         assert llm.engine.balancer is None and tokens(llm, ["a"])
     pair = pair_of("only_dense_layers")
     with engine_of(pair, topology=TOPOLOGY, rebalance=mode) as llm:
-        assert llm.engine.balancer is None
+        assert llm.engine.balancer is None and "spare" not in llm.engine.ranks.memory.kinds
         check_outputs(pair, llm.generate(prompts_for(pair.vocabulary, (5,)), greedy(pair.vocabulary, 8)))
 
 
@@ -278,7 +317,7 @@ def test_ways_to_share_rows_out(tiny_folder: Path) -> None:
             assert (counted > 0) == (found[0] != ("even",))
             return found
 
-    assert ways(redundant=4) == (("now",), ("last", "now"))
+    assert ways(redundant=4) == (("now",), ("last", "now", "even"))
     for split in ("now", "last", "even"):
         assert ways(redundant=4, split=split) == ((split,),) * 2
     assert ways() == ways(split="now") == ways(None) == (("even",),) * 2
@@ -296,6 +335,7 @@ class Told:
         self.counts: dict[int, Tensor] = {}
         self.log: list[tuple[Any, ...]] = []
         self.match = True
+        self.resets = 0
 
     def loads(self) -> dict[int, Tensor]:
         return {layer: rows.clone() for layer, rows in self.counts.items()}
@@ -317,7 +357,7 @@ def layout_of(layers: Sequence[int] = (3, 4)) -> Layout:
 
 
 def made(mode: str, ranks: Told, **options: Any) -> Balancer:
-    common: dict[str, Any] = {"layout": layout_of(), "expert_bytes": 1000, "split": False}
+    common: dict[str, Any] = {"layout": layout_of(), "expert_bytes": 1000}
     return Balancer(mode, ranks, **(common | options))  # type: ignore[arg-type]
 
 
@@ -335,7 +375,7 @@ def parted(loads: Loads, topology: Topology, redundant: int, old: Placement) -> 
 
 def steps(balancer: Balancer, count: int, seconds: float = 1.0) -> None:
     for _ in range(count):
-        balancer.after_step(seconds)
+        balancer.after_step(seconds, False)
         balancer.wait()
 
 
@@ -345,7 +385,7 @@ def test_auto_moves_what_pays() -> None:
     balancer = made("auto", ranks, plan=parted)
     before = balancer.placement
     steps(balancer, CHECK - 1)
-    assert not ranks.log and balancer.report()["looks"] == 0
+    assert not ranks.log and balancer.report().items() >= {"looks": 0, "imbalance": None}.items()
     steps(balancer, 1)
     assert balancer.report()["doing"] == "planning" and balancer.report()["imbalance"] == 16 / 22 * 4
     steps(balancer, 20)
@@ -453,18 +493,95 @@ def test_loads_of_a_window_and_after_a_reset() -> None:
     steps(balancer, 2)  # a look, and what comes of it
     ranks.counts = skewed(130)
     steps(balancer, 2)
-    ranks.counts = skewed(40)  # since a reset
+    ranks.counts, ranks.resets = skewed(40), 1
     steps(balancer, 2)
-    ranks.counts = {}  # another, and no step since
+    ranks.counts, ranks.resets = {}, 2  # and no step since
     steps(balancer, 2)
     ranks.counts = skewed(60)
     steps(balancer, 2)
+    ranks.counts, ranks.resets = skewed(90), 3  # more than before
+    steps(balancer, 2)
     expected, known = [], 0.0
-    for new in (100, 30, 40, 0, 60):
+    for new in (100, 30, 40, 0, 60, 90):
         known = known / 2 + new
         expected.append(known * one)
     np.testing.assert_allclose(seen, expected)
-    assert balancer.report()["looks"] == 5
+    assert balancer.report()["looks"] == 6
+    balancer.close()
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_cards_are_judged_as_rows_were_shared_out_most_of_the_time(split: bool) -> None:
+    """Four cards have all experts: level when rows are split; by even shares too."""
+    slots = np.array([[[0, 1], [0, 2], [3, EMPTY], [3, EMPTY]]])
+    layout = Layout(Topology(1, 4, 1), Placement(slots, 4, (3,)), algorithm("two_tier"))
+    ranks = Told()
+    ranks.counts = {3: torch.tensor([40, 40, 0, 80])}
+    balancer = made("every=3", ranks, layout=layout, plan=lambda loads, topology, redundant, old: old)
+    for number in range(3):
+        balancer.after_step(1.0, split if number else not split)
+    assert balancer.report()["imbalance"] == (1.0 if split else 60 / 40)
+    balancer.close()
+
+
+def test_the_way_to_a_placement_is_found_beside_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, rounds = list[str](), balancing.rounds
+
+    def noted(*what: Any) -> Any:
+        found.append(threading.current_thread().name)
+        return rounds(*what)
+
+    monkeypatch.setattr(balancing, "rounds", noted)
+    ranks = Told()
+    ranks.counts = skewed()
+    balancer = made("every=1", ranks, plan=parted)
+    steps(balancer, 10)
+    assert found and all(name.startswith("balancer") for name in found)
+    balancer.close()
+
+
+def test_planning_ends_soon_after_the_engine() -> None:
+    """With the layers that it is at."""
+    ranks, begun, go, planned = Told(), threading.Event(), threading.Event(), list[int]()
+    layers = range(8 * cores() + 16)
+    ranks.counts = {layer: torch.ones(EXPERTS) for layer in layers}
+
+    def plan(loads: Loads, topology: Topology, redundant: int, old: Placement) -> Placement:
+        assert loads.layers == old.layers
+        planned.extend(loads.layers)
+        begun.set()
+        go.wait(60)
+        return old
+
+    balancer = made("every=1", ranks, plan=plan, layout=layout_of(layers))
+    balancer.after_step(1.0, False)
+    assert begun.wait(60)
+    balancer.close()
+    go.set()
+    balancer.wait()
+    assert len(planned) < len(layers) / 2
+    balancer = made("every=1", ranks, plan=plan, layout=layout_of(layers))
+    planned.clear()
+    steps(balancer, 2)
+    assert planned == list(layers) and balancer.report()["plans"] == 1
+    balancer.close()
+
+
+def test_a_plan_that_cannot_be_reached_is_a_failure_and_no_more() -> None:
+    """More slots than the ranks have memory for."""
+
+    def wide(loads: Loads, topology: Topology, redundant: int, old: Placement) -> Placement:
+        slots = np.tile(np.arange(EXPERTS), (2, 4, 1))
+        return Placement(slots, old.experts, old.layers)
+
+    ranks = Told()
+    ranks.counts = skewed()
+    balancer = made("every=1", ranks, plan=wide)
+    before = balancer.placement
+    steps(balancer, 6)
+    state = balancer.report()
+    assert state["failures"] > 1 and state["error"].startswith("planning failed: ")
+    assert balancer.placement is before and not ranks.log and state["doing"] != "stopped"
     balancer.close()
 
 
@@ -478,7 +595,7 @@ def test_planning_does_not_hold_up_the_steps() -> None:
 
     balancer = made("every=1", ranks, plan=plan)
     for _ in range(10):
-        balancer.after_step(1.0)
+        balancer.after_step(1.0, False)
     assert balancer.report()["doing"] == "planning" and balancer.report()["looks"] == 1
     go.set()
     steps(balancer, 10)

@@ -18,20 +18,31 @@ V3 = Topology(8, 8, 8)
 def test_default_is_legal_even_and_has_the_replicas_asked_for(
     topology: Topology, experts: int, data: st.DataObject
 ) -> None:
-    redundant = data.draw(st.integers(0, experts * (topology.cards_per_node - 1)))
+    inside = experts * (topology.cards_per_node - 1)
+    redundant = data.draw(st.integers(0, inside) | st.integers(0, experts * (topology.ranks - 1)))
     placement = default_placement(experts, [3, 4], topology, redundant)
     filled = (placement.slots_LRS[0] != EMPTY).sum(1)
     assert filled.sum() == experts + redundant
     assert (placement.slots_LRS[0] == placement.slots_LRS[1]).all()
     if not redundant:
         assert filled.max() - filled.min() <= 1
-    # Replicas stay in their node, so a node holds the experts that it held without.
+    if redundant > inside:
+        return
+    # While they can, replicas stay in their node, which holds the experts that it held without.
     plain = default_placement(experts, [3], topology)
     for node in range(topology.nodes):
         ranks = slice(node * topology.cards_per_node, (node + 1) * topology.cards_per_node)
         assert set(placement.slots_LRS[0, ranks].flat) - {EMPTY} == set(plain.slots_LRS[0, ranks].flat) - {
             EMPTY
         }
+
+
+def test_nodes_of_one_card_have_replicas_of_each_other() -> None:
+    placement = default_placement(8, [0], Topology(4, 1), 6)
+    slots = placement.slots_LRS[0]
+    filled = (slots != EMPTY).sum(1)
+    assert filled.sum() == 14 and filled.max() == placement.slots_per_rank == 4
+    assert max(Counter(slots[slots != EMPTY].tolist()).values()) == 2
 
 
 def test_routing_groups_of_v3_stay_on_their_node() -> None:
@@ -99,7 +110,7 @@ def test_an_illegal_placement_is_refused(slots: list[object], message: str) -> N
         Placement(np.array(slots), 3, (0,))
 
 
-@pytest.mark.parametrize("redundant", [-1, 8 * 3 + 1])
+@pytest.mark.parametrize("redundant", [-1, 8 * 7 + 1])
 def test_redundancy_that_cannot_be_is_refused(redundant: int) -> None:
     with pytest.raises(InputError, match="redundant slots"):
         default_placement(8, [0], Topology(2, 4, 1), redundant)

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -13,7 +14,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from expertmesh import LLM, InputError, Topology
+from expertmesh import LLM, InputError, SamplingParams, Topology
 from expertmesh.engine.plan import Plan
 from expertmesh.request import Batch, StepResult
 from expertmesh.server.app import create_app
@@ -57,6 +58,30 @@ def test_models_and_health(client: OpenAI, url: str) -> None:
     assert (model.id, model.object, model.owned_by) == (NAME, "model", "expertmesh")
     health = httpx.get(f"{url}/health")
     assert (health.status_code, health.json()) == (200, {"status": "ok"})
+
+
+def test_requests_that_come_and_go_while_experts_move(new_llm: Callable[..., LLM], library: LLM) -> None:
+    prompts = [f"{'ab' * number} {number}" for number in range(12)]
+    expected = [library.generate(p, SamplingParams(max_tokens=12, temperature=0))[0].text for p in prompts]
+    options = {"topology": Topology(1, 2), "redundant": 2, "rebalance": "every=2", "dtype": "float32"}
+    with (
+        new_llm(**options) as llm,
+        serving(llm) as url,
+        connect(url) as client,
+        ThreadPoolExecutor(4) as pool,
+    ):
+
+        def ask(prompt: str) -> str:
+            answer = client.completions.create(model=NAME, prompt=prompt, max_tokens=12, temperature=0)
+            return answer.choices[0].text
+
+        state: dict[str, Any] = {"moved": 0}
+        for _ in range(20):
+            assert list(pool.map(ask, prompts)) == expected
+            state = httpx.get(f"{url}/health").json()["balance"]
+            if state["moved"]:
+                break
+        assert state["moved"] > 0 and (state["failures"], state["error"]) == (0, None)
 
 
 def test_a_completion_is_what_the_library_generates(client: OpenAI, library: LLM) -> None:
