@@ -14,9 +14,9 @@ enum Format : i64 { BFLOAT16 = 0, INT8 = 1, GROUPED_INT8 = 2, GROUPED_INT4 = 3, 
 constexpr i64 GROUP = 128;
 constexpr i64 CHUNK = 64;         // bytes of a row in a chunk
 constexpr i64 TILE = 16 * CHUNK;  // bytes of a chunk of a block
-// Chunks that are gone through for all rows before the next: so many that what is used again stays in the nearest cache.
-// Sums go on exactly where they were, so that this changes no result.
-inline i64 chunks_at_a_time(i64 rows) { return rows > 4 * 16 ? 8 : 32; }
+// Chunks that are gone through for all rows before the next ones, so that blocks stay in cache. Sums go on exactly where
+// they were: this changes no result.
+constexpr i64 CHUNKS = 64;
 
 inline i64 per_chunk(i64 format) { return format == BFLOAT16 ? 32 : format == GROUPED_INT4 ? 128 : 64; }
 inline bool is_grouped(i64 format) { return format >= GROUPED_INT8; }
@@ -283,11 +283,9 @@ template <i64 format, int NB> inline void one(
     if constexpr (NB > 3) _tile_stored(3, sums + 48, stride);
 }
 
-// Two tiles of rows (`tile` bytes apart) with two blocks. Meanwhile lines [begin, end) of the 32 of each chunk of the two
-// blocks that follow are fetched: every pass over the rows takes a part of them, so that none waits for memory.
-template <i64 format> inline void two(
-    const char* x, i64 tile, i64 step, const char* w, i64 next, i64 chunks, void* out, i64 ld, bool fresh, i64 begin,
-    i64 end) {
+// Two tiles of rows (`tile` bytes apart) with two blocks. cold: no rows before these have read the blocks.
+template <i64 format, bool cold> inline void two(
+    const char* x, i64 tile, i64 step, const char* w, i64 next, i64 chunks, void* out, i64 ld, bool fresh) {
     float* upper = static_cast<float*>(out);
     float* lower = upper + 16 * ld;
     i64 stride = ld * 4;
@@ -298,8 +296,8 @@ template <i64 format> inline void two(
         _tile_loadd(2, lower, stride); _tile_loadd(3, lower + 16, stride);
     }
     for (i64 c = 0; c < chunks; ++c) {
-        for (i64 i = begin; i < end; ++i)
-            _mm_prefetch(w + (2 + i / 16) * next + c * TILE + i % 16 * 64, _MM_HINT_T1);
+        if constexpr (cold)
+            for (int b = 0; b < 2; ++b) ahead(w + b * next + c * TILE, next, chunks - c, 2);
         _tile_loadd(6, w + c * TILE, 64);
         _tile_loadd(4, x + c * step, CHUNK);
         SUM(0, 4, 6);
@@ -322,7 +320,7 @@ template <i64 format> inline void tiles(
     asm volatile("" : : : "memory");
     configure(x.high());
     const char* rows = x.tiles + tile0 * tile + first * step;
-    i64 b = 0, count = tile1 - tile0, passes = count / 2;
+    i64 b = 0, count = tile1 - tile0;
     if (count == 1)
         for (; b + 4 <= blocks; b += 4) one<format, 4>(rows, step, w + b * next, next, chunks, out + b * 16, ld, fresh);
     else
@@ -331,8 +329,8 @@ template <i64 format> inline void tiles(
                 const char* from = rows + t * tile;
                 float* to = out + t * LANES * ld + b * 16;
                 if (t + 1 == count) one<format, 2>(from, step, w + b * next, next, chunks, to, ld, fresh);
-                else two<format>(from, tile, step, w + b * next, next, chunks, to, ld, fresh, t / 2 * 32 / passes,
-                                 (t / 2 + 1) * 32 / passes);
+                else if (t == 0) two<format, true>(from, tile, step, w + b * next, next, chunks, to, ld, fresh);
+                else two<format, false>(from, tile, step, w + b * next, next, chunks, to, ld, fresh);
             }
     for (; b < blocks; ++b)
         for (i64 t = 0; t < count; ++t)
@@ -492,9 +490,8 @@ inline void product(const Rows& x, i64 tile0, i64 tile1, const Matrix& w, i64 bl
     if (is_grouped(w.format)) return grouped_product(x, tile0, tile1, w, block, blocks, out, ld);
     i64 next = w.block_bytes(), all_chunks = w.chunks();
     const char* data = w.data + block * next;
-    i64 some = chunks_at_a_time(x.count);
-    for (i64 first = 0; first < all_chunks; first += some) {
-        i64 chunks = std::min(some, all_chunks - first);
+    for (i64 first = 0; first < all_chunks; first += CHUNKS) {
+        i64 chunks = std::min(CHUNKS, all_chunks - first);
         const char* from = data + first * TILE;
         if (w.format == INT8)
             fastest::tiles<INT8>(x, tile0, tile1, from, next, first, chunks, blocks, out, ld, first == 0);

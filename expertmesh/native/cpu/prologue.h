@@ -14,7 +14,17 @@ struct Rotary {
     template <class O> void rotate(i64 row, const float* x, O* out) const {
         i64 half = width / 2;
         const float *c = cos + positions[row] * half, *s = sin + positions[row] * half;
-        for (i64 i = 0; i < half; ++i) {
+        i64 i = 0;
+        for (; i + LANES <= half; i += LANES) {
+            F16 first = load(x + i), second = load(x + half + i);
+            if (interleaved) {
+                F16 low = load(x + 2 * i), high = load(x + 2 * i + LANES);
+                first = evens(low, high), second = odds(low, high);
+            }
+            store(out + i, first * load(c + i) - second * load(s + i));
+            store(out + half + i, second * load(c + i) + first * load(s + i));
+        }
+        for (; i < half; ++i) {
             float first = interleaved ? x[2 * i] : x[i], second = interleaved ? x[2 * i + 1] : x[half + i];
             ::put(out + i, first * c[i] - second * s[i]);
             ::put(out + half + i, second * c[i] + first * s[i]);

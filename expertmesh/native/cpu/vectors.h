@@ -48,6 +48,12 @@ INLINE void put(bf16* p, float x) { *p = narrow(x); }
 
 INLINE F16 max(F16 a, F16 b) { return a > b ? a : b; }
 INLINE F16 abs(F16 a) { return (F16)((U16)a & 0x7fffffffu); }
+INLINE F16 evens(F16 a, F16 b) {
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+}
+INLINE F16 odds(F16 a, F16 b) {
+    return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
 INLINE float sum(F16 x) {
     float out = 0;
     for (int i = 0; i < LANES; ++i) out += x[i];
