@@ -6,12 +6,14 @@ import json
 from expertmesh.commands.bench_balance import add_balance, add_rebalance
 from expertmesh.commands.bench_cluster import add_exchange, add_overlap, add_transport
 from expertmesh.commands.bench_engine import add_engine
+from expertmesh.commands.bench_kernels import add_kernels
 from expertmesh.commands.bench_precision import add_precision_bench
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     subparsers = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
     add_engine(subparsers)
+    add_kernels(subparsers)
     add_precision_bench(subparsers)
     add_balance(subparsers)
     add_rebalance(subparsers)

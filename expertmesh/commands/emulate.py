@@ -29,8 +29,8 @@ torchrun needs, or programs that torchrun would start, one on each node:
 # The commands with `commands.cluster.add_machines`, which are imported only to run: that takes its time.
 SPREAD = ("generate", "chat", "serve", "demo", "bench exchange", "bench overlap")
 ELSEWHERE = (
-    "bench engine", "bench precision", "bench transport", "bench balance", "bench rebalance", "balance", "memory",
-    "emulate",
+    "bench engine", "bench kernels", "bench precision", "bench transport", "bench balance", "bench rebalance",
+    "balance", "memory", "emulate",
 )  # fmt: skip
 RENDEZVOUS, MASTER = (
     29400,

@@ -81,6 +81,7 @@ class Cpu:
         self._run.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
         self._run.restype = ctypes.c_int64
         self.library.op_named.restype = ctypes.c_int64
+        self.library.read_memory.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
         self._ops: dict[str, int] = {}
         self._tape: Tape | None = None
 
@@ -92,6 +93,10 @@ class Cpu:
     def latent_up(self, heads: int, nope: int, value: int, latent: int, kept: Kept) -> PackedLatentUp:
         keys = self.matrix((heads * latent, nope), heads, PLAIN, kept)
         return PackedLatentUp(keys, self.matrix((heads * value, latent), heads, PLAIN, kept), nope)
+
+    def read_memory(self, address: int, size: int, threads: int) -> None:
+        """Bytes, by all threads, as fast as this machine can: what ops that read weights are measured by."""
+        self.library.read_memory(address, size, threads)
 
     # ---- tapes
 

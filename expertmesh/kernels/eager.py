@@ -70,18 +70,18 @@ def mla_attention(
     parts = []
     if rows.decoding:
         n = rows.decoding
-        query = _absorb(q_THN[:n], q_THP[:n], w_uk)
+        query = absorb(q_THN[:n], q_THP[:n], w_uk)
         known = cache[rows.pages_BM].flatten(1, 2)
         later = torch.arange(known.shape[1], device=cache.device) >= rows.lengths_B[:, None]
-        parts.append(_attend_latents(query, known, later[:, None], w_uv, scale))
+        parts.append(attend_latents(query, known, later[:, None], w_uv, scale))
     for prefill in rows.prefills:
         span = slice(prefill.first, prefill.first + prefill.count)
         known = cache[prefill.pages_M].flatten(0, 1)[: prefill.length]
         if _absorbing_pays(prefill, nope, value_dim, cache.shape[-1], w_uk.shape[-1]):
             # [q, H, X] -> [1, q * H, X]: all heads of all rows attend over the same latents.
-            query = _absorb(q_THN[span], q_THP[span], w_uk)
+            query = absorb(q_THN[span], q_THP[span], w_uk)
             later = _later(prefill, cache.device).repeat_interleave(heads, 0)
-            out = _attend_latents(query.view(1, -1, query.shape[-1]), known[None], later[None], w_uv, scale)
+            out = attend_latents(query.view(1, -1, query.shape[-1]), known[None], later[None], w_uv, scale)
             parts.append(out)
         else:
             parts.append(_attend_expanded(q_THN[span], q_THP[span], known, prefill, kv_b, scale))
@@ -98,13 +98,13 @@ def _absorbing_pays(prefill: Prefill, nope: int, value: int, cached: int, latent
     return absorbed < expanded
 
 
-def _absorb(q_THN: Tensor, q_THP: Tensor, w_uk: Tensor) -> Tensor:
+def absorb(q_THN: Tensor, q_THP: Tensor, w_uk: Tensor) -> Tensor:
     """Query in the latents' own space, [T, H, C + P]."""
     latent_q = torch.bmm(q_THN.transpose(0, 1), w_uk).transpose(0, 1)
     return torch.cat((latent_q, q_THP), dim=-1)
 
 
-def _attend_latents(query: Tensor, known: Tensor, later: Tensor, w_uv: Tensor, scale: float) -> Tensor:
+def attend_latents(query: Tensor, known: Tensor, later: Tensor, w_uv: Tensor, scale: float) -> Tensor:
     """query [B, q * H, C + P] over known [B, M, C + P], later [B, 1 or q * H, M] masked. Returns [B * q, H * V]."""
     heads, _, latent = w_uv.shape
     scores = torch.bmm(query.flatten(1, -2), known.transpose(1, 2)).float() * scale

@@ -242,7 +242,8 @@ struct Prefill {
     i64 key_bytes() const { return SPAN / LANES * up(wide(), 32) * TILE; }  // of a span
     i64 value_bytes() const { return value_up.blocks() * SPAN / 32 * TILE; }
     i64 group() const {
-        return std::max<i64>(1, std::min(heads(), AT_A_TIME / (spans() * (key_bytes() + value_bytes()))));
+        i64 head_bytes = std::max<i64>(1, spans()) * (key_bytes() + value_bytes());
+        return std::max<i64>(1, std::min(heads(), AT_A_TIME / head_bytes));
     }
     i64 value_width() const { return value_up.blocks() * LANES; }
 

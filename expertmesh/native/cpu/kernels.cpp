@@ -1,6 +1,7 @@
 // The ops of a model on a CPU. A program is a row of ops, run by all threads of a team, one op after the other; that of a
 // single op is a call like any other, that of a whole step needs nothing between its ops.
 #include "attention.h"
+#include "ceilings.h"
 #include "experts.h"
 #include "gate.h"
 #include "prologue.h"
@@ -159,6 +160,15 @@ i64 run_program(const i64* words, i64 count, i64 threads) {
         work(me);
     }
     return 1;
+}
+
+// Reads all of some memory, to know how long that takes. What comes out says nothing.
+i64 read_memory(const char* from, i64 bytes, i64 threads) {
+    uint32_t found = 0;
+    i64 share = bytes / threads / 64 * 64;
+#pragma omp parallel for num_threads(int(threads)) reduction(^ : found)
+    for (i64 t = 0; t < threads; ++t) found ^= read_streams(from + share * t, share);
+    return found;
 }
 
 // Rows [first, first + count) of a packed bfloat16 matrix of one part from rows of 2-byte numbers, `stride` numbers apart.

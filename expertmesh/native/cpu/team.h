@@ -4,6 +4,9 @@
 #include <atomic>
 #include <cstdint>
 #include <thread>
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -52,8 +55,20 @@ struct Space {
     i64 used = 0;
 
     template <class T> T* take(i64 count) {
-        T* at = reinterpret_cast<T*>(block + used);
-        used += up(count * i64(sizeof(T)), 64) * 64;
-        return at;
+        i64 begin = used, bytes = count * i64(sizeof(T));
+        used += up(bytes, 64) * 64 + GAP;
+        if (!block) return nullptr;
+#if defined(__SANITIZE_ADDRESS__)
+        __asan_unpoison_memory_region(block + begin, bytes);
+        __asan_poison_memory_region(block + begin + bytes, used - begin - bytes);
+#endif
+        return reinterpret_cast<T*>(block + begin);
     }
+
+private:
+#if defined(__SANITIZE_ADDRESS__)
+    static constexpr i64 GAP = 64;  // between arrays, where nobody may read
+#else
+    static constexpr i64 GAP = 0;
+#endif
 };
