@@ -11,7 +11,13 @@ struct Pages {
     const bf16* cache;
     i64 page, width;  // tokens of a page, numbers of a token
 
-    const bf16* token(const i64* pages, i64 t) const { return cache + (pages[t / page] * page + t % page) * width; }
+    // use(t, numbers): `count` tokens of a sequence from its token `begin` on.
+    template <class Use> INLINE void each(const i64* pages, i64 begin, i64 count, Use use) const {
+        i64 at = begin / page, in_page = begin % page;
+        for (i64 t = 0; t < count; ++at, in_page = 0)
+            for (const bf16* token = cache + (pages[at] * page + in_page) * width; in_page < page && t < count; ++t, ++in_page)
+                use(t, token), token += width;
+    }
 };
 
 struct Softmax {
@@ -106,14 +112,17 @@ struct Decode {
     void look(Own& o, i64 row, i64 span, float* found) const {
         const i64* table = pages + row * most_pages;
         i64 begin = span * SPAN, tokens = std::min(SPAN, lengths[row] - begin);
-        for (i64 t = 0; t < tokens; ++t) o.tokens.put(t, where.token(table, begin + t));
+        where.each(table, begin, tokens, [&](i64 t, const bf16* token) { o.tokens.put(t, token); });
         // Full tiles, of which the last may hold old numbers: their scores are not looked at.
         Matrix query{o.query, BFLOAT16, 1, LANES, where.width, nullptr, nullptr};
         product(o.tokens, 0, up(tokens, LANES), query, 0, 1, o.panel, LANES);
         F16 most, total;
         Softmax::of_heads(o.panel, tokens, float(scale), o.weights, most, total);
         i64 chunks = up(tokens, 32);
-        pack_values(o.tokens, tokens, o.values);
+        const bf16* coming[SPAN];
+        i64 later = std::max<i64>(0, std::min(SPAN, lengths[row] - begin - SPAN));
+        where.each(table, begin + SPAN, later, [&](i64 t, const bf16* token) { coming[t] = token; });
+        pack_values(o.tokens, tokens, o.values, coming, later);
         Rows weights{o.weights.tiles, nullptr, BFLOAT16, LANES, chunks * 32};
         Matrix values{o.values, BFLOAT16, 1, blocks() * LANES, chunks * 32, nullptr, nullptr};
         product(weights, 0, 1, values, 0, blocks(), found, blocks() * LANES);
@@ -121,20 +130,21 @@ struct Decode {
         store(found + LANES * blocks() * LANES + LANES, total);
     }
 
-    void pack_values(const Rows& tokens, i64 count, char* to) const {
+    // Tokens as a matrix that weights multiply; meanwhile the tokens that come next are fetched.
+    void pack_values(const Rows& tokens, i64 count, char* to, const bf16* const* coming, i64 later) const {
         i64 chunks = up(count, 32);
-        const bf16 zeros[LANES] = {};
+        alignas(64) const bf16 zeros[32] = {};
         for (i64 c = 0; c < chunks; ++c)
             for (i64 k = 0; k < 16; ++k) {
                 i64 t = c * 32 + 2 * k;
                 const char *even = tokens.at(t), *odd = tokens.at(t + 1);
-                for (i64 b = 0; b < blocks(); ++b) {
-                    i64 at = b / 2 * TILE + b % 2 * 32;
-                    H16 first, second;
-                    memcpy(&first, t < count ? even + at : (const char*)zeros, 32);
-                    memcpy(&second, t + 1 < count ? odd + at : (const char*)zeros, 32);
-                    *reinterpret_cast<U16*>(to + (b * chunks + c) * TILE + k * 64) =
-                        __builtin_convertvector(first, U16) | (__builtin_convertvector(second, U16) << 16);
+                for (i64 i = t; i < std::min(t + 2, later); ++i)
+                    for (i64 at = 0; at < where.width; at += 32) __builtin_prefetch(coming[i] + at, 0, 2);
+                for (i64 b = 0; b < blocks(); b += 2) {
+                    i64 at = b / 2 * TILE;
+                    interleave(t < count ? reinterpret_cast<const bf16*>(even + at) : zeros,
+                               t + 1 < count ? reinterpret_cast<const bf16*>(odd + at) : zeros, blocks() - b,
+                               to + (b * chunks + c) * TILE + k * 64, chunks * TILE);
                 }
             }
     }
@@ -312,8 +322,9 @@ struct Prefill {
             bf16* at = o.wide + t * wide() + output;
             by_lanes(outputs, [&](i64 i, int lanes) { store(at + i, load(y + i), lanes); });
         });
-        for (i64 t = 0; t < tokens; ++t)
-            memcpy(o.wide + t * wide() + nope(), where.token(pages, span * SPAN + t) + latent(), rope() * 2);
+        where.each(pages, span * SPAN, tokens, [&](i64 t, const bf16* token) {
+            memcpy(o.wide + t * wide() + nope(), token + latent(), rope() * 2);
+        });
         for (i64 b = 0; b * LANES < tokens; ++b)
             pack_block(reinterpret_cast<const char*>(o.wide + b * LANES * wide()), wide() * 2,
                        std::min<i64>(LANES, tokens - b * LANES), wide() * 2, to + b * up(wide(), 32) * TILE);
@@ -332,7 +343,7 @@ struct Prefill {
     void attend(Own& o, i64 head, i64 begin, const char* keys, const char* values) const {
         i64 count = std::min(QUERIES, rows - begin), known = length - rows + begin;  // tokens before the first of them
         Rows q = o.queries;
-        q.count = count;
+        q = Rows(q.tiles, nullptr, BFLOAT16, count, wide());
         for (i64 r = 0; r < count; ++r) q.put(r, queries + ((begin + r) * heads() + head) * wide());
         i64 width = value_width();
         std::fill(o.sums, o.sums + count * width, 0.0f);
@@ -391,7 +402,8 @@ struct Prefill {
         Space space{s.own + team.me * s.own_bytes};
         Own o = own(space);
         auto [t, last] = team.share(length);
-        for (; t < last; ++t) s.latents.put(t, where.token(pages, t));
+        if (t < last)
+            where.each(pages, t, last - t, [&](i64 i, const bf16* token) { s.latents.put(t + i, token); });
         for (i64 first = 0; first < heads(); first += group()) {
             i64 some = std::min(group(), heads() - first);
             team.sync();

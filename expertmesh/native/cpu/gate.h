@@ -14,6 +14,7 @@ struct Router {
     i64* chosen;      // [rows][choices]
     float* weights;
 
+    static constexpr i64 TOGETHER = 32;
     struct Scratch { float *wide, *logits, *own; } s;
     void lay(Space& space, int threads) {
         s.wide = space.take<float>(rows * width);
@@ -35,9 +36,12 @@ struct Router {
         for (int r = 0; r < R; ++r)
             for (int e = 0; e < E; ++e) s.logits[(row + r) * experts + expert + e] = sum(sums[r][e]);
     }
-    template <int R> INLINE void dots(i64 row, i64 begin, i64 end) const {
-        for (; begin + 4 <= end; begin += 4) dot<R, 4>(row, begin);
-        for (; begin < end; ++begin) dot<R, 1>(row, begin);
+    void dots(i64 row, i64 stop, i64 expert, i64 end) const {
+        bool four = expert + 4 == end;
+        for (; row + 4 <= stop && four; row += 4) dot<4, 4>(row, expert);
+        for (; row < stop; ++row)
+            if (four) dot<1, 4>(row, expert);
+            else for (i64 e = expert; e < end; ++e) dot<1, 1>(row, e);
     }
 
     void choose(i64 row, float* own) const {
@@ -94,15 +98,11 @@ struct Router {
         for (i64 r = row; r < stop; ++r)
             by_lanes(width, [&](i64 i, int lanes) { store(s.wide + r * width + i, load(x + r * width + i, lanes), lanes); });
         team.sync();
-        if (rows < 4 * team.size) {
-            auto [begin, end] = team.share(experts);
-            for (i64 r = 0; r < rows; ++r) dots<1>(r, begin, end);
-            team.sync();
-        } else {
-            i64 r = row;
-            for (; r + 4 <= stop; r += 4) dots<4>(r, 0, experts);
-            for (; r < stop; ++r) dots<1>(r, 0, experts);
-        }
+        // Every thread reads its own experts' weights, once for as many rows as stay in cache beside them.
+        auto [begin, end] = team.share(experts);
+        for (i64 first = 0; first < rows; first += TOGETHER)
+            for (i64 e = begin; e < end; e += 4) dots(first, std::min(first + TOGETHER, rows), e, std::min(e + 4, end));
+        team.sync();
         for (i64 r = row; r < stop; ++r) choose(r, s.own + team.me * room());
     }
 };

@@ -60,20 +60,40 @@ inline void pack_block(const char* from, i64 stride, i64 rows, i64 bytes, char* 
     }
 }
 
+// Pairs of two rows' numbers, of 16 columns or, where there are more blocks, of 32: `next` bytes apart.
+INLINE void interleave(const bf16* even, const bf16* odd, i64 blocks, char* to, i64 next) {
+#if defined(__AVX512BW__)
+    if (blocks > 1) {
+        alignas(64) static const uint16_t ORDER[2][32] = {
+            {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
+            {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30,
+             62, 31, 63}};
+        __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd);
+        _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, _mm512_load_si512(ORDER[0]), b));
+        _mm512_storeu_si512(to + next, _mm512_permutex2var_epi16(a, _mm512_load_si512(ORDER[1]), b));
+        return;
+    }
+#endif
+    for (i64 i = 0; i < std::min<i64>(blocks, 2); ++i) {
+        H16 first, second;
+        memcpy(&first, even + i * LANES, 32);
+        memcpy(&second, odd + i * LANES, 32);
+        *reinterpret_cast<U16*>(to + i * next) =
+            __builtin_convertvector(first, U16) | (__builtin_convertvector(second, U16) << 16);
+    }
+}
+
 // Rows of numbers (vectors of bfloat16, `stride` apart) as inputs: out[column][row], `rows` of them, to chunks of 32 rows.
 // Packs columns [0, 16 * blocks) of them as outputs: what turns values into a matrix that weights multiply.
 inline void pack_columns(const bf16* const* row, i64 rows, i64 blocks, char* to) {
     i64 chunks = up(rows, 32);
+    alignas(64) const bf16 zeros[32] = {};
     for (i64 c = 0; c < chunks; ++c)
         for (i64 k = 0; k < 16; ++k) {
             i64 i = c * 32 + 2 * k;
-            for (i64 b = 0; b < blocks; ++b) {
-                H16 even = {}, odd = {};
-                if (i < rows) memcpy(&even, row[i] + b * LANES, 32);
-                if (i + 1 < rows) memcpy(&odd, row[i + 1] + b * LANES, 32);
-                U16 both = __builtin_convertvector(even, U16) | (__builtin_convertvector(odd, U16) << 16);
-                *reinterpret_cast<U16*>(to + (b * chunks + c) * TILE + k * 64) = both;
-            }
+            for (i64 b = 0; b < blocks; b += 2)
+                interleave(i < rows ? row[i] + b * LANES : zeros, i + 1 < rows ? row[i + 1] + b * LANES : zeros, blocks - b,
+                           to + (b * chunks + c) * TILE + k * 64, chunks * TILE);
         }
 }
 

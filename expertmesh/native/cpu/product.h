@@ -40,18 +40,24 @@ struct Matrix {
 
 // Rows that are to be multiplied, in the form that a matrix of this format takes.
 struct Rows {
-    char* tiles;
-    float* scale;  // int8: of each row
-    i64 format, count, columns;
+    char* tiles = nullptr;
+    float* scale = nullptr;  // int8: of each row
+    i64 format = BFLOAT16, count = 0, columns = 0;
+    i64 step = 0, tile = 0;  // bytes from a chunk to the next, and of a tile
 
-    i64 high() const { return std::min<i64>(count, LANES); }
+    Rows() = default;
+    Rows(char* tiles, float* scale, i64 format, i64 count, i64 columns)
+        : tiles(tiles), scale(scale), format(format), count(count), columns(columns),
+          step(std::min<i64>(count, LANES) * CHUNK), tile(up(columns, per_chunk(format)) * step) {}
+
+    i64 high() const { return step / CHUNK; }
     i64 chunks() const { return up(columns, per_chunk(format)); }
-    i64 tile_bytes() const { return chunks() * high() * CHUNK; }
-    char* at(i64 row) const { return tiles + row / LANES * tile_bytes() + row % LANES * CHUNK; }
+    i64 tile_bytes() const { return tile; }
+    char* at(i64 row) const { return tiles + row / LANES * tile + row % LANES * CHUNK; }
 
     // For a matrix of this format.
     static Rows in(Space& space, i64 format, i64 count, i64 columns) {
-        Rows rows{nullptr, nullptr, rows_format(format), count, columns};
+        Rows rows(nullptr, nullptr, rows_format(format), count, columns);
         rows.tiles = space.take<char>(up(count, LANES) * rows.tile_bytes());
         rows.scale = space.take<float>(format == INT8 ? count : 0);
         return rows;
@@ -59,8 +65,7 @@ struct Rows {
 
     template <class T> void put(i64 row, const T* x) const {
         char* to = at(row);
-        i64 step = high() * CHUNK;
-        if (format == INT8) return quantise(row, x, to, step);
+        if (format == INT8) return quantise(row, x, to);
         i64 c = 0;
         for (; (c + 1) * 32 <= columns; ++c)
             for (int half = 0; half < 32; half += LANES)
@@ -73,7 +78,7 @@ struct Rows {
 
     // Sixteen numbers of a bfloat16 row, from a column that is a multiple of sixteen.
     void put_lanes(i64 row, i64 column, F16 x) const {
-        store(reinterpret_cast<bf16*>(at(row) + column / 32 * high() * CHUNK) + column % 32, x);
+        store(reinterpret_cast<bf16*>(at(row) + column / 32 * step) + column % 32, x);
     }
 
 private:
@@ -83,7 +88,7 @@ private:
     static bf16 as_bf16(float x) { return narrow(x); }
 
     // To whole numbers of -127 to 127 and the size of one of them; kept 128 higher, which products want.
-    template <class T> void quantise(i64 row, const T* x, char* to, i64 step) const {
+    template <class T> void quantise(i64 row, const T* x, char* to) const {
         F16 most = {};
         by_lanes(columns, [&](i64 i, int lanes) { most = max(most, abs(load(x + i, lanes))); });
         float amax = largest(most);

@@ -23,6 +23,9 @@ INLINE F16 load(const bf16* p) { return widen(*reinterpret_cast<const H16*>(p));
 
 // To the nearest, ties to even.
 INLINE H16 narrow(F16 x) {
+#if defined(__AVX512BF16__)
+    return (H16)_mm512_cvtneps_pbh((__m512)x);
+#endif
     U16 bits = (U16)x;
     U16 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     U16 nan = (U16)(x != x);
