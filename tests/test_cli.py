@@ -20,6 +20,7 @@ import torch
 
 from expertmesh import LLM, InputError, ModelConfig, Output, SamplingParams, Topology
 from expertmesh.cli import COMMANDS, main
+from expertmesh.commands import bench_engine
 from expertmesh.commands.demo import CHAT, PROMPTS, Part
 from expertmesh.engine.checkpoint import free_memory
 from expertmesh.kernels import Kernels
@@ -447,6 +448,31 @@ def test_bench_against_the_best(cli: Cli, long_folder: Path, tmp_path: Path, eng
         ["0.50", "than", "vllm"], ["2.00", "than", "transformers"], ["0.50", "than", "vllm"], ["0.75", "than", "vllm"],
         ["0.80", "than", "vllm"],
     ]  # fmt: skip
+
+
+def test_bench_goes_on_without_an_engine_that_does_not_run_the_model(
+    cli: Cli, long_folder: Path, tmp_path: Path, engines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (vllm := tmp_path / "peers" / "vllm").mkdir(parents=True)
+    (vllm / "peer.json").write_text('{"version": "0"}')
+    run = bench_engine._in_own_process
+
+    def fails(name: str, *rest: Any) -> dict[str, Any]:
+        if name == "vllm":
+            raise InputError("measuring vllm failed:\n...\nValueError: no such heads")
+        return run(name, *rest)
+
+    monkeypatch.setattr(bench_engine, "_in_own_process", fails)
+    given = ("bench", "engine", long_folder, "--peers", vllm.parent, "--against")
+    code, out, _ = cli(*given, "transformers,vllm", "--json")
+    report = json.loads(out)
+    assert (code, report["vllm"]) == (0, {"failed": "ValueError: no such heads"})
+    assert list(report["ratios"]) == ["transformers"] and engines == ["expertmesh", "transformers"] * 3
+    engines.clear()
+    _, out, _ = cli(*given, "transformers,vllm")
+    assert "vllm fails: ValueError: no such heads" in out
+    engines.clear()
+    refused(cli(*given, "vllm"), "measuring vllm failed")
 
 
 # --- what is refused

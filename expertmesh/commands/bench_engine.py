@@ -90,9 +90,19 @@ def bench_engine(args: argparse.Namespace) -> dict[str, Any]:
             command = peer.command(peer.prepare(source, precision), precision, work)
             commands[peer.name] = (command, peer.environment)
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
+        failed: dict[str, str] = {}
         turns = [name for _ in range(args.rounds) for name in commands]
         for name in tqdm(turns, desc="measuring", leave=False, disable=None):
-            runs[name].append(_in_own_process(name, *commands[name]))
+            if name in failed:
+                continue
+            try:
+                runs[name].append(_in_own_process(name, *commands[name]))
+            except InputError as error:
+                # A model that another engine does not run is no reason not to compare with the rest.
+                if name == OURS or len(others) == 1:
+                    raise
+                failed[name] = str(error).splitlines()[-1]
+                del runs[name]
     report = {
         "model": folder.resolve().name,
         "dtype": dtype,
@@ -100,7 +110,10 @@ def bench_engine(args: argparse.Namespace) -> dict[str, Any]:
         "threads": threads,
         "rounds": args.rounds,
     }
-    return report | _compared(runs, others, precisions)
+    ran = [peer for peer in others if peer.name not in failed]
+    return (
+        report | _compared(runs, ran, precisions) | {name: {"failed": said} for name, said in failed.items()}
+    )
 
 
 def _check(args: argparse.Namespace, model: ModelConfig, folder: Path) -> None:
@@ -190,6 +203,11 @@ def _table(report: dict[str, Any]) -> str:
         f"{n} in {report[n]['precision']}" for n in names[1:] if report[n]["precision"] != report["dtype"]
     ]
     head = "".join(f"{name:>14}" for name in names)
+    notes += [
+        f"{name} fails: {found['failed']}"
+        for name, found in report.items()
+        if isinstance(found, dict) and "failed" in found
+    ]
     lines = [
         ", ".join([title, *notes]),
         f"{'':22}{head}{'times better':>14}" if names[1:] else f"{'':22}{head}",
