@@ -195,7 +195,8 @@ def static_bytes(config: ModelConfig, dtype: str, shard: Shard, quantise: str = 
     """Bytes of the weights that one rank holds, by kind, computed in `dtype`: the formula of the engine's own memory.
 
     Routers are kept in float32, FP8 blocks are expanded unless they are to be kept, MTP layers are not loaded. A slot
-    without an expert takes as much as one with.
+    without an expert takes as much as one with. Of matrices that are not quantised, what the CPU's own kernels fill up
+    where sizes do not divide is left out.
     """
     precision = Precision.of(quantise)
     counts: Counter[str] = Counter()

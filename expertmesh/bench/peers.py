@@ -23,7 +23,7 @@ from expertmesh.errors import InputError
 
 NAMES = ("llama.cpp", "vllm", "transformers")
 SETUP = "benchmarks/peers/setup"
-FOLDER = Path.home() / ".cache" / "expertmesh" / "peers"
+FOLDER = Path(os.path.expanduser("~"), ".cache", "expertmesh", "peers")
 GGUF = {"float32": "f32", "bfloat16": "bf16", "int8": "q8_0"}  # llama.cpp's names
 
 

@@ -72,7 +72,7 @@ def _read(llm: LLM, file: Path, tokens: int) -> list[Text]:
 
 
 def _table(report: dict[str, Any]) -> str:
-    texts = list(report["float32"]["perplexity"])
+    texts = next((list(found["perplexity"]) for found in report.values() if "perplexity" in found), [])
     width = max(14, *(len(text) + 2 for text in texts))
     lines = [f"{'':14}{'weights, MB':>14}" + "".join(f"{text:>{width}}" for text in texts)]
     for name, found in report.items():

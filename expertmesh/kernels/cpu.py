@@ -134,6 +134,11 @@ class Cpu:
         if self._tape is not None:
             self._tape.spoil()
 
+    def _contiguous(self, tensor: Tensor) -> Tensor:
+        if not tensor.is_contiguous():
+            self._elsewhere()
+        return tensor.contiguous()
+
     # ---- ops
 
     def embed(self, tokens_T: Tensor, weight_VD: Tensor) -> Tensor:
@@ -143,7 +148,7 @@ class Cpu:
         return out
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
-        x, y = x.contiguous(), y.contiguous()
+        x, y = self._contiguous(x), self._contiguous(y)
         out = self._empty(*x.shape)
         self._do("add", x.data_ptr(), y.data_ptr(), x.numel(), out.data_ptr())
         return out
@@ -181,7 +186,7 @@ class Cpu:
         return out
 
     def swiglu(self, x_TD: Tensor, gate_up: Packed, down: Packed) -> Tensor:
-        x_TD = x_TD.contiguous()
+        x_TD = self._contiguous(x_TD)
         out = self._empty(x_TD.shape[0], down.rows)
         self._do("swiglu", x_TD.data_ptr(), x_TD.shape[0], *gate_up.words, *down.words, out.data_ptr())
         return out
@@ -202,7 +207,7 @@ class Cpu:
     def experts(
         self, x_RD: Tensor, slots_RK: Tensor, weights_RK: Tensor, gate_up: Packed, down: Packed
     ) -> Tensor:
-        x_RD, slots_RK, weights_RK = x_RD.contiguous(), slots_RK.contiguous(), weights_RK.contiguous()
+        x_RD, slots_RK, weights_RK = map(self._contiguous, (x_RD, slots_RK, weights_RK))
         rows, choices = slots_RK.shape
         out = self._empty(rows, down.rows)
         self._do(
@@ -230,7 +235,7 @@ class Cpu:
         rows: AttentionRows, cache: Tensor, heads: int,
     ) -> Queries:  # fmt: skip
         queries = self._queries(c_q.shape[0], rows, heads, kv_b, k_TP.shape[1])
-        c_q, c_kv_TC, k_TP = c_q.contiguous(), c_kv_TC.contiguous(), k_TP.contiguous()
+        c_q, c_kv_TC, k_TP = map(self._contiguous, (c_q, c_kv_TC, k_TP))
         self._do(
             "up", c_q.data_ptr(), c_kv_TC.data_ptr(), k_TP.data_ptr(), c_q.shape[0], *_rotary_words(rotary),
             rows.slots_T.data_ptr(), cache.data_ptr(), *_query_words(q_b, kv_b, queries),

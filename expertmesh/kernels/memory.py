@@ -1,6 +1,7 @@
 """Memory for weights, in huge pages where the system has them: reading them once a token misses the TLB otherwise."""
 
 import mmap
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -33,7 +34,8 @@ def _map(size: int) -> Tensor:
     mapped = mmap.mmap(-1, -(-size // HUGE) * HUGE + HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     whole = torch.frombuffer(mapped, dtype=torch.uint8)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        mapped.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # a system built without them
+            mapped.madvise(mmap.MADV_HUGEPAGE)
     first = -whole.data_ptr() % HUGE
     return whole[first : first + size]
 

@@ -196,7 +196,7 @@ class PackedLatentUp:
 
 
 class _LatentRows:
-    """Rows of a checkpoint's tensor. They come in any pieces, but each is kept until its head is whole."""
+    """Rows of a checkpoint's tensor. They come in any pieces."""
 
     def __init__(self, up: PackedLatentUp, start: int, stop: int) -> None:
         self.up, self.start, self.stop = up, start, stop

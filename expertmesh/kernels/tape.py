@@ -6,11 +6,12 @@ no allocation and no start of threads.
 
 import ctypes
 import math
-import sys
+import weakref
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,17 +24,31 @@ class Pool:
     tapes that are recorded later: they never run at the same time."""
 
     def __init__(self) -> None:
-        self._pieces: list[NDArray[np.uint8]] = []
+        self._pieces: list[_Piece] = []
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        size = max(1, math.prod(shape) * dtype.itemsize)
-        fitting = [p for p in self._pieces if size <= p.size <= 2 * size + 4096]
-        # Known to the list of pieces, to that of fitting ones, to the loop and to the call.
-        free = next((p for p in fitting if sys.getrefcount(p) == 4), None)
-        if free is None:
-            free = np.empty(size, dtype=np.uint8)
-            self._pieces.append(free)
-        return torch.from_numpy(free)[: math.prod(shape) * dtype.itemsize].view(dtype).view(*shape)
+        size = math.prod(shape) * dtype.itemsize
+        piece = next((p for p in self._pieces if size <= p.memory.size <= 2 * size + 4096 and p.free), None)
+        if piece is None:
+            piece = _Piece(np.empty(max(1, size), dtype=np.uint8))
+            self._pieces.append(piece)
+        return torch.from_numpy(piece.take(size)).view(dtype).view(*shape)
+
+
+@dataclass
+class _Piece:
+    memory: NDArray[np.uint8]
+    taken: Callable[[], Any] = lambda: None
+
+    @property
+    def free(self) -> bool:
+        return self.taken() is None
+
+    def take(self, size: int) -> NDArray[np.uint8]:
+        """An array of its own, that lives as long as tensors on it."""
+        part = self.memory[:size]
+        self.taken = weakref.ref(part)
+        return part
 
 
 class Tape:
@@ -43,14 +58,9 @@ class Tape:
         self.pool = pool
         self.whole = True
         self._words = array("q")
-        self._kept: list[object] = []
 
     def add(self, words: Sequence[int]) -> None:
         self._words.extend(words)
-
-    def keep(self, *read: object) -> None:
-        """Memory that the ops read stays as long as the tape."""
-        self._kept.extend(read)
 
     def spoil(self) -> None:
         """Something was computed that the tape does not know."""

@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,9 @@ def _load(name: str, flags: tuple[str, ...]) -> ctypes.CDLL:
     source = SOURCES / f"{name}.cpp"
     compiler = next((path for path in map(shutil.which, COMPILERS) if path), None)
     stem = f"{source.stem}-{_fingerprint(source, flags)}-{platform.machine()}.so"
-    folders = [SOURCES / "__pycache__", Path.home() / ".cache" / "expertmesh"]
+    folders = [SOURCES / "__pycache__"]
+    with suppress(RuntimeError):  # a user whom the system does not know has no home
+        folders.append(Path.home() / ".cache" / "expertmesh")
     for folder in folders:
         if (folder / stem).exists():
             return ctypes.CDLL(str(folder / stem))
@@ -60,7 +63,7 @@ def _load(name: str, flags: tuple[str, ...]) -> ctypes.CDLL:
     for folder in folders:
         if _writable(folder):
             return ctypes.CDLL(str(_build(compiler, source, flags, folder / stem)))
-    raise NotBuilt(f"neither {folders[0]} nor {folders[1]} can be written to")
+    raise NotBuilt(f"there is nowhere to write to: {', '.join(map(str, folders))}")
 
 
 def available(name: str) -> bool:
@@ -97,7 +100,9 @@ def _build(compiler: str, source: Path, flags: tuple[str, ...], target: Path) ->
         for command in steps:
             done = subprocess.run([compiler, *command], capture_output=True, text=True)
             if done.returncode:
-                said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[0]
+                lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+                # Where it includes another file, the first lines say only how it came to be there.
+                said = next((line for line in lines if "error" in line), lines[0])
                 raise NotBuilt(f"{compiler} fails on {source.name}: {said}; {ADVICE}")
         os.replace(made, target)
     return target

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from expertmesh.cli import main
+from expertmesh.commands.bench_precision import _table
 from tests.kernels.test_ops import NATIVE
 
 
@@ -36,3 +37,10 @@ def test_what_cannot_be_judged(
 ) -> None:
     assert main(["bench", "precision", *given]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_table_where_float32_has_no_room() -> None:
+    found = {"weight_bytes": 2_000_000, "perplexity": {"a tale": 3.5}}
+    lines = _table({"float32": {"refused": "too large"}, "w8a8": found}).splitlines()
+    assert [line.split() for line in lines[1:]] == [["float32", "too", "large"], ["w8a8", "2.0", "3.500"]]
+    assert "a tale" in lines[0]

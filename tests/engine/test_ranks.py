@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from expertmesh import LLM, InputError, ModelConfig, SamplingParams, Topology
-from expertmesh.engine.ranks import ThreadRanks
+from expertmesh.config import EngineConfig
+from expertmesh.config.precision import PRECISIONS
+from expertmesh.engine.ranks import ThreadRanks, new_weights
 from expertmesh.errors import RankFailure
 from expertmesh.kernels import kernels_for
 from expertmesh.mesh.layout import Layout
 from expertmesh.model.deepseek import DeepSeek
-from expertmesh.model.layers import New
-from expertmesh.weights import Shard, static_bytes
+from expertmesh.weights import Shard, expert_bytes, static_bytes
 from tests.support.files import official_config, write_sparse
 
 
@@ -64,9 +65,11 @@ def test_threads_share_what_is_the_same(tiny_folder: Path) -> None:
 
 @pytest.mark.parametrize("redundant", [0, 64])
 @pytest.mark.parametrize(("nodes", "cards", "tp"), [(2, 8, 8), (8, 8, 8), (8, 8, 1), (8, 8, 2)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "quantise"), [("float32", "none"), *(("bfloat16", kept) for kept in PRECISIONS)]
+)
 def test_memory_of_v3_is_what_the_formula_says(
-    nodes: int, cards: int, tp: int, redundant: int, dtype: str
+    nodes: int, cards: int, tp: int, redundant: int, dtype: str, quantise: str
 ) -> None:
     """The engine's own allocation, on the meta device, kind by kind."""
     config = ModelConfig.from_dict(official_config("deepseek-v3"))
@@ -75,8 +78,11 @@ def test_memory_of_v3_is_what_the_formula_says(
         shard = Shard.of(rank, layout.topology, layout.placement)
         made: dict[Any, Any] = {}
         kernels = kernels_for("cpu", dtype)
-        DeepSeek(config, shard, kernels, New(getattr(torch, dtype), torch.device("meta"), kernels, made))
-        formula = static_bytes(config, dtype, shard)
+        if quantise != "none" and kernels.graph is None:
+            pytest.skip("no C++ compiler")
+        engine = EngineConfig(quantise=quantise)
+        DeepSeek(config, shard, kernels, new_weights(engine, dtype, "meta", kernels, made))
+        formula = static_bytes(config, dtype, shard, quantise)
         assert sum(t.nbytes for t in made.values()) == sum(formula.values())
         routed = [
             t
@@ -84,6 +90,8 @@ def test_memory_of_v3_is_what_the_formula_says(
             if name.endswith(("ffn.gate_up", "ffn.down")) and len(t.shape) == 3
         ]
         assert sum(t.nbytes for t in routed) == formula["routed"]
+        slots = sum(map(len, shard.slots.values()))
+        assert formula["routed"] == slots * expert_bytes(config, dtype, quantise, kernels.graph is not None)
 
 
 def test_routed_experts_of_64_cards_are_a_quarter_of_those_of_16() -> None:

@@ -1,5 +1,6 @@
 """Every op as it runs on this device against its reference, on ragged, odd and empty shapes."""
 
+import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from expertmesh.kernels.cpu import Cpu, variants
 from expertmesh.kernels.memory import Kept
 from expertmesh.kernels.packed import Packed
 from expertmesh.kernels.table import OPS, kernels_of, reference_kernels
-from expertmesh.native import NotBuilt
+from expertmesh.native import COMPILERS, NotBuilt
 from tests.support.attention import Sizes, normal, row_count, rows_of
 
 
@@ -84,6 +85,12 @@ def test_every_op_has_an_origin_and_a_reference() -> None:
 def test_strict_names_the_ops_without_a_faster_version() -> None:
     with pytest.raises(InputError, match=", ".join(EAGER[0].kernels.on_reference)):
         kernels_for("cpu", strict=True)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
+def test_kernels_are_built_where_there_is_a_compiler() -> None:
+    """Without them most tests of this folder have nothing to test."""
+    assert [kind.name for kind in NATIVE] == [variant.name for variant in variants()]
 
 
 @pytest.mark.skipif(not NATIVE, reason="no C++ compiler")

@@ -1,5 +1,9 @@
 """Ops that are recorded and run again."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -62,3 +66,27 @@ def test_what_a_tape_does_not_know_spoils_it(kind: Kind) -> None:
     with graph.recording(tape):
         kind.kernels.logits(normal(1, 8, seed=1, dtype=BF16), normal(4, 8, seed=2, dtype=BF16))
     assert not tape.whole
+
+
+@each_kind
+def test_what_is_copied_to_be_contiguous_spoils_a_tape(kind: Kind) -> None:
+    graph = kind.kernels.graph
+    assert graph is not None
+    x, tape = normal(8, 4, seed=1, dtype=BF16), Tape(Pool())
+    with graph.recording(tape):
+        kind.kernels.add(x, x)
+    assert tape.whole
+    with graph.recording(tape):
+        found = kind.kernels.add(x.t(), x.t())
+    assert not tape.whole and torch.equal(found, x.t() + x.t())
+
+
+@pytest.mark.parametrize("kind", NATIVE[:1], ids=repr)
+def test_fewer_threads_than_torch_asks_for(kind: Kind) -> None:
+    """OpenMP is not bound to give as many: who waited for the others would wait for ever."""
+    program = (
+        "import torch; from expertmesh.kernels import kernels_for; torch.set_num_threads(2)\n"
+        "x = torch.ones(70, 40, dtype=torch.bfloat16); assert (kernels_for('cpu', 'bfloat16').add(x, x) == 2).all()"
+    )
+    environment = os.environ | {"OMP_THREAD_LIMIT": "1"}
+    subprocess.run([sys.executable, "-c", program], env=environment, timeout=60, check=True)

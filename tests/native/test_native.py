@@ -127,7 +127,7 @@ def test_a_library_that_cannot_be_loaded(unbuilt: Path) -> None:
 def test_nowhere_to_write_to(unbuilt: Path) -> None:
     (unbuilt / "__pycache__").write_text("in the way")
     Path.home().write_text("in the way")
-    with pytest.raises(native.NotBuilt, match=r"neither .* nor .* can be written to"):
+    with pytest.raises(native.NotBuilt, match=r"nowhere to write to: .*__pycache__, .*\.cache/expertmesh$"):
         native.library("balance")
 
 
@@ -147,3 +147,18 @@ def test_two_processes_build_at_the_same_time(unbuilt: Path) -> None:
     names = {one.communicate()[0].strip() for one in both}
     assert [one.returncode for one in both] == [0, 0]
     assert [str(path) for path in (unbuilt / "__pycache__").iterdir()] == list(names)
+
+
+def test_of_what_a_compiler_says_the_error_is_shown(unbuilt: Path) -> None:
+    (unbuilt / "wrong.h").write_text("int\n#error not for this machine\n")
+    (unbuilt / "other.cpp").write_text('#include "wrong.h"\n')
+    with pytest.raises(native.NotBuilt, match=r"fails on other.cpp: .*error: .*not for this machine"):
+        native.library("other")
+
+
+def test_a_user_without_a_home(unbuilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    assert native.available("balance")

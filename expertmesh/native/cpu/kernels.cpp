@@ -18,7 +18,6 @@
 
 namespace {
 
-
 struct Words {
     const i64* at;
     template <class T> void operator()(T& field) {
@@ -131,7 +130,9 @@ i64 permitted() {
 #endif
 }
 
-// A program: for each op its number, how many words it is given, and those. 0 where memory is short.
+// A program: for each op its number, how many words it is given, and those. 0 where memory is short. threads: how many to
+// ask for. OpenMP may give fewer (OMP_THREAD_LIMIT, OMP_DYNAMIC, a call out of a parallel region), for whom no op needs
+// more memory.
 i64 run_program(const i64* words, i64 count, i64 threads) {
     i64 bytes = 1;
     for (i64 i = 0; i < count; i += 2 + words[i + 1])
@@ -139,26 +140,22 @@ i64 run_program(const i64* words, i64 count, i64 threads) {
     char* block = workspace.of(bytes);
     if (!block) return 0;
     Barrier barrier;
-    auto work = [&](int me) {
-        Team team{me, int(threads), &barrier};
+    auto work = [&](int me, int size) {
+        Team team{me, size, &barrier};
         for (i64 i = 0; i < count; i += 2 + words[i + 1]) {
             OPS[words[i]].run(words + i + 2, block, team);
             team.sync();
         }
         leave();
     };
-    if (threads == 1) {
-        work(0);
+#if defined(_OPENMP)
+    if (threads > 1) {
+#pragma omp parallel num_threads(int(threads))
+        work(omp_get_thread_num(), omp_get_num_threads());
         return 1;
     }
-#pragma omp parallel num_threads(int(threads))
-    {
-        int me = 0;
-#if defined(_OPENMP)
-        me = omp_get_thread_num();
 #endif
-        work(me);
-    }
+    work(0, 1);
     return 1;
 }
 

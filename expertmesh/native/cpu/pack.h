@@ -83,8 +83,8 @@ INLINE void interleave(const bf16* even, const bf16* odd, i64 blocks, char* to, 
     }
 }
 
-// Rows of numbers (vectors of bfloat16, `stride` apart) as inputs: out[column][row], `rows` of them, to chunks of 32 rows.
-// Packs columns [0, 16 * blocks) of them as outputs: what turns values into a matrix that weights multiply.
+// Columns [0, 16 * blocks) of some rows of bfloat16 as outputs, and the rows as their inputs, in chunks of 32: what turns
+// values into a matrix that weights multiply.
 inline void pack_columns(const bf16* const* row, i64 rows, i64 blocks, char* to) {
     i64 chunks = up(rows, 32);
     alignas(64) const bf16 zeros[32] = {};
@@ -97,20 +97,17 @@ inline void pack_columns(const bf16* const* row, i64 rows, i64 blocks, char* to)
         }
 }
 
-// Numbers of one output as a format keeps them: bytes, and scales. What is 8 or 4 bits wide stands in one byte each.
-struct Quantised {
-    // To -127..127 or -7..7, of `group` numbers each (of all of them for INT8).
-    static void symmetric(const float* x, i64 columns, i64 group, float most, int8_t* out, float* scale, i64 step) {
-        for (i64 g = 0; g * group < columns; ++g) {
-            i64 begin = g * group, end = std::min(begin + group, columns);
-            float amax = 0;
-            for (i64 i = begin; i < end; ++i) amax = std::max(amax, std::fabs(x[i]));
-            scale[g * step] = amax / most;
-            float inverse = amax > 0 ? most / amax : 0.0f;
-            for (i64 i = begin; i < end; ++i) out[i] = int8_t(std::lrintf(x[i] * inverse));
-        }
+// Numbers of one output to whole ones of -most to most, and a scale for each `group` of them, `step` apart.
+inline void quantise(const float* x, i64 columns, i64 group, float most, int8_t* out, float* scale, i64 step) {
+    for (i64 g = 0; g * group < columns; ++g) {
+        i64 begin = g * group, end = std::min(begin + group, columns);
+        float amax = 0;
+        for (i64 i = begin; i < end; ++i) amax = std::max(amax, std::fabs(x[i]));
+        scale[g * step] = amax / most;
+        float inverse = amax > 0 ? most / amax : 0.0f;
+        for (i64 i = begin; i < end; ++i) out[i] = int8_t(std::lrintf(x[i] * inverse));
     }
-};
+}
 
 // Up to 16 rows of numbers, which begin a block, into it: for every format but BFLOAT16 and FP8. scale: the block's.
 inline void quantise_block(
@@ -120,8 +117,8 @@ inline void quantise_block(
     for (i64 r = 0; r < rows; ++r) {
         bool grouped = is_grouped(w.format);
         int8_t* row = numbers.data() + r * wide;
-        Quantised::symmetric(from + r * stride, columns, grouped ? GROUP : columns,
-                             w.format == GROUPED_INT4 ? 7.0f : 127.0f, row, scale + r, LANES);
+        quantise(from + r * stride, columns, grouped ? GROUP : columns, w.format == GROUPED_INT4 ? 7.0f : 127.0f, row,
+                 scale + r, LANES);
         if (w.format == INT8) {
             int32_t sum = 0;
             for (i64 i = 0; i < columns; ++i) sum += row[i];

@@ -2,8 +2,8 @@
 //
 // A matrix is kept in blocks of 16 of its rows (outputs) and chunks of 64 bytes of each (32 bfloat16, 64 of one byte or
 // 128 of four bits): [block][chunk][16 groups of 4 bytes][16 outputs][4 bytes]. A group of all outputs is one vector
-// register, a chunk one tile register, and a block one stream of memory. Rows come in tiles of up to 16 of them: [tile][chunk][row][64 bytes].
-// What a row gives is summed in one order whatever other rows there are.
+// register, a chunk one tile register, and a block one stream of memory. Rows come in tiles of up to 16 of them:
+// [tile][chunk][row][64 bytes]. What a row gives is summed in one order whatever other rows there are.
 #pragma once
 #include "vectors.h"
 #include <vector>
