@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -89,20 +89,7 @@ def bench_engine(args: argparse.Namespace) -> dict[str, Any]:
             precision = precisions[peer.name]
             command = peer.command(peer.prepare(source, precision), precision, work)
             commands[peer.name] = (command, peer.environment)
-        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
-        failed: dict[str, str] = {}
-        turns = [name for _ in range(args.rounds) for name in commands]
-        for name in tqdm(turns, desc="measuring", leave=False, disable=None):
-            if name in failed:
-                continue
-            try:
-                runs[name].append(_in_own_process(name, *commands[name]))
-            except InputError as error:
-                # A model that another engine does not run is no reason not to compare with the rest.
-                if name == OURS or len(others) == 1:
-                    raise
-                failed[name] = str(error).splitlines()[-1]
-                del runs[name]
+        runs, failed = _in_turns(commands, args.rounds)
     report = {
         "model": folder.resolve().name,
         "dtype": dtype,
@@ -114,6 +101,26 @@ def bench_engine(args: argparse.Namespace) -> dict[str, Any]:
     return (
         report | _compared(runs, ran, precisions) | {name: {"failed": said} for name, said in failed.items()}
     )
+
+
+def _in_turns(
+    commands: Mapping[str, tuple[list[str], dict[str, str]]], rounds: int
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
+    """What the engines report, and what those say that fail: a model that another engine does not run is no reason not
+    to compare with the rest, if there is a rest."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
+    failed: dict[str, str] = {}
+    for name in tqdm([*commands] * rounds, desc="measuring", leave=False, disable=None):
+        if name in failed:
+            continue
+        try:
+            runs[name].append(_in_own_process(name, *commands[name]))
+        except InputError as error:
+            if name == OURS or len(commands) == 2:
+                raise
+            failed[name] = str(error).splitlines()[-1]
+            del runs[name]
+    return runs, failed
 
 
 def _check(args: argparse.Namespace, model: ModelConfig, folder: Path) -> None:

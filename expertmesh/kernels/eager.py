@@ -9,7 +9,7 @@ from torch.nn.functional import linear as torch_linear
 from torch.nn.functional import pad, scaled_dot_product_attention, silu
 from torch.nn.functional import rms_norm as torch_rms_norm
 
-from expertmesh.kernels.reference import LATENT_EPS
+from expertmesh.kernels.reference import LATENT_EPS, of_halves
 from expertmesh.kernels.types import AttentionRows, Prefill, Queries, Rotary
 
 # Below this size the weights of all experts are cheap to read, hit or not, next to the calls that reading only the hit
@@ -234,9 +234,4 @@ def mla_up(
     return Queries(q, q[:0])
 
 
-def mla_prologue(
-    x_TD: Tensor, norm_D: Tensor, eps: float, a_XD: Tensor, bias_X: Tensor | None, q_norm: Tensor | None,
-    kv_norm_C: Tensor, q_b: Tensor, kv_b: Tensor, rotary: Rotary, rows: AttentionRows, cache: Tensor, heads: int,
-) -> Queries:  # fmt: skip
-    low = mla_down(x_TD, norm_D, eps, a_XD, bias_X, q_norm, kv_norm_C)
-    return mla_up(*low, q_b, kv_b, rotary, rows, cache, heads)
+mla_prologue = of_halves(mla_down, mla_up)

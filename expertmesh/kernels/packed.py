@@ -16,7 +16,20 @@ from expertmesh.errors import InputError
 from expertmesh.kernels.memory import Arena
 
 
-class Packed:
+class _Place:
+    """What a loader asks of the place that a tensor goes to."""
+
+    shape: tuple[int, ...]
+    dtype = torch.bfloat16
+
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
+
+class Packed(_Place):
     """Weights [..., N, K], packed. Every part of `rows` rows begins with a block of its own.
 
     Indexing gives rows to fill, as with a tensor that is not packed: `w[slot, :width].copy_(rows)`.
@@ -32,8 +45,6 @@ class Packed:
         sizes = [self.parts * size for size in format.part_bytes(self.rows, self.columns)]
         take = memory.take if memory else lambda size: torch.empty(size, dtype=torch.uint8, device="meta")
         self.data, self.scale, self.sums = (take(size) for size in sizes)
-
-    dtype = torch.bfloat16
 
     @cached_property
     def words(self) -> list[int]:
@@ -52,12 +63,6 @@ class Packed:
     @property
     def part_bytes(self) -> int:
         return self.data.numel() // self.parts if self.parts else 0
-
-    def numel(self) -> int:
-        return prod(self.shape)
-
-    def element_size(self) -> int:
-        return self.dtype.itemsize
 
     def data_ptr(self) -> int:
         return self.data.data_ptr()
@@ -88,18 +93,12 @@ class Packed:
         return out.view(self.shape)
 
 
-class PackedRows:
+class PackedRows(_Place):
     """Some rows of packed weights, counted over all parts: where a loader writes them to."""
 
     def __init__(self, packed: Packed, start: int, stop: int) -> None:
         self.packed, self.start, self.stop = packed, start, stop
-        self.shape, self.dtype = (stop - start, packed.columns), packed.dtype
-
-    def numel(self) -> int:
-        return prod(self.shape)
-
-    def element_size(self) -> int:
-        return self.dtype.itemsize
+        self.shape = (stop - start, packed.columns)
 
     def data_ptr(self) -> int:
         """Another one for other rows, though their bytes lie between those of others."""
@@ -161,24 +160,18 @@ class PackedRows:
             )
 
 
-class PackedLatentUp:
+class PackedLatentUp(_Place):
     """The up-projection of the latents, [heads * (N + V), C], as attention wants it: the keys' part of each head turned
     over, [C, N], for queries to be multiplied with, and the values' part as it is, [V, C]."""
 
     def __init__(self, keys: Packed, values: Packed, nope: int) -> None:
         self.keys, self.values, self.nope = keys, values, nope
         self.heads, self.value = keys.parts, values.rows
-        self.shape, self.dtype = (self.heads * (nope + self.value), values.columns), keys.dtype
+        self.shape = (self.heads * (nope + self.value), values.columns)
 
     @property
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
-
-    def numel(self) -> int:
-        return prod(self.shape)
-
-    def element_size(self) -> int:
-        return self.dtype.itemsize
 
     def data_ptr(self) -> int:
         return self.keys.data_ptr()

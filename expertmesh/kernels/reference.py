@@ -3,6 +3,9 @@
 Signatures and shapes are documented in `table`.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding, silu
@@ -95,12 +98,21 @@ def mla_up(
     return Queries(q, q[:0])
 
 
-def mla_prologue(
-    x_TD: Tensor, norm_D: Tensor, eps: float, a_XD: Tensor, bias_X: Tensor | None, q_norm: Tensor | None,
-    kv_norm_C: Tensor, q_b: Tensor, kv_b: Tensor, rotary: Rotary, rows: AttentionRows, cache: Tensor, heads: int,
-) -> Queries:  # fmt: skip
-    low = mla_down(x_TD, norm_D, eps, a_XD, bias_X, q_norm, kv_norm_C)
-    return mla_up(*low, q_b, kv_b, rotary, rows, cache, heads)
+def of_halves(
+    down: Callable[..., tuple[Tensor, Tensor, Tensor]], up: Callable[..., Queries]
+) -> Callable[..., Queries]:
+    """The prologue whose two halves these are."""
+
+    def mla_prologue(
+        x_TD: Tensor, norm_D: Tensor, eps: float, a_XD: Tensor, bias_X: Tensor | None, q_norm: Tensor | None,
+        kv_norm_C: Tensor, *rest: Any,
+    ) -> Queries:  # fmt: skip
+        return up(*down(x_TD, norm_D, eps, a_XD, bias_X, q_norm, kv_norm_C), *rest)
+
+    return mla_prologue
+
+
+mla_prologue = of_halves(mla_down, mla_up)
 
 
 def mla_attention(
