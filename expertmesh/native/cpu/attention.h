@@ -223,7 +223,7 @@ struct Decode {
             for_products(from, value_up.part(head), 0, value_up.blocks(), o.panel,
                          [&](i64 r, i64 output, i64 outputs, const float* y) {
                 bf16* to = out + (r * heads() + head) * value + output;
-                by_lanes(outputs, [&](i64 i, int lanes) { store(to + i, load(y + i), lanes); });
+                convert(y, outputs, to);
             });
         }
     }
@@ -320,7 +320,7 @@ struct Prefill {
         i64 tokens = std::min(SPAN, length - span * SPAN);
         expand(o, span, by, [&](i64 t, i64 output, i64 outputs, const float* y) {
             bf16* at = o.wide + t * wide() + output;
-            by_lanes(outputs, [&](i64 i, int lanes) { store(at + i, load(y + i), lanes); });
+            convert(y, outputs, at);
         });
         where.each(pages, span * SPAN, tokens, [&](i64 t, const bf16* token) {
             memcpy(o.wide + t * wide() + nope(), token + latent(), rope() * 2);

@@ -59,7 +59,7 @@ struct Swiglu {
         }
         auto [first, last] = team.share(down.blocks());
         for_products(s.inner, down, first, last, panels, [&](i64 r, i64 output, i64 outputs, const float* y) {
-            by_lanes(outputs, [&](i64 i, int lanes) { store(out + r * down.rows + output + i, load(y + i), lanes); });
+            convert(y, outputs, out + r * down.rows + output);
         });
     }
 };

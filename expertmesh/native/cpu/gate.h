@@ -96,7 +96,7 @@ struct Router {
     void run(const Team& team) const {
         auto [row, stop] = team.share(rows);
         for (i64 r = row; r < stop; ++r)
-            by_lanes(width, [&](i64 i, int lanes) { store(s.wide + r * width + i, load(x + r * width + i, lanes), lanes); });
+            convert(x + r * width, width, s.wide + r * width);
         team.sync();
         // Every thread reads its own experts' weights, once for as many rows as stay in cache beside them.
         auto [begin, end] = team.share(experts);

@@ -92,6 +92,12 @@ const Entry OPS[] = {
     ENTRY("decode", Decode), ENTRY("prefill", Prefill),
 };
 
+Matrix part_of(const i64* words, i64 part) {
+    Matrix whole;
+    Words{words}(whole);
+    return whole.part(part);
+}
+
 // Workspace of a calling thread; it grows, and goes with the thread.
 struct Workspace {
     char* block = nullptr;
@@ -184,9 +190,7 @@ void pack_rows(const bf16* from, i64 stride, i64 first, i64 count, i64 columns, 
 // Rows [first, first + count) of part `part` of a matrix that is kept quantised, from float rows `stride` apart. Rows come
 // in whole blocks, but for the last ones of a part; 0 where they do not.
 i64 quantise_rows(const float* from, i64 stride, i64 first, i64 count, const i64* matrix, i64 part, i64 threads) {
-    Matrix whole;
-    memcpy(&whole, matrix, sizeof whole);
-    Matrix w = whole.part(part);
+    Matrix w = part_of(matrix, part);
     if (first % LANES || (count % LANES && first + count != w.rows)) return 0;
 #pragma omp parallel for num_threads(int(threads)) if (threads > 1 && count * w.columns > 65536)
     for (i64 row = 0; row < count; row += LANES) {
@@ -201,9 +205,7 @@ i64 quantise_rows(const float* from, i64 stride, i64 first, i64 count, const i64
 
 // The same of FP8 rows as a checkpoint has them, with one scale for each GROUP of their inputs.
 void keep_fp8_rows(const char* from, i64 stride, i64 first, i64 count, const float* scales, const i64* matrix, i64 part) {
-    Matrix whole;
-    memcpy(&whole, matrix, sizeof whole);
-    Matrix w = whole.part(part);
+    Matrix w = part_of(matrix, part);
     for (i64 r = 0; r < count; ++r) {
         i64 block = (first + r) / LANES, lane = (first + r) % LANES;
         char* to = const_cast<char*>(w.data) + block * w.block_bytes() + lane * 4;
@@ -217,9 +219,7 @@ void keep_fp8_rows(const char* from, i64 stride, i64 first, i64 count, const flo
 
 // All rows of a part as products see them, [rows][columns] float.
 void widen_part(const i64* matrix, i64 part, float* to) {
-    Matrix whole;
-    memcpy(&whole, matrix, sizeof whole);
-    Matrix w = whole.part(part);
+    Matrix w = part_of(matrix, part);
     std::vector<char> wide(w.groups() * GROUP_BYTES);
     for (i64 row = 0; row < w.rows; ++row) {
         i64 block = row / LANES, lane = row % LANES;

@@ -105,6 +105,12 @@ private:
     }
 };
 
+// Four chunks further on in the stream of one of some blocks that are read side by side, `left` chunks before its end: the
+// streams of these blocks end where those of the next ones begin.
+INLINE const char* ahead(const char* w, i64 next, i64 left, int blocks) {
+    return left > 4 ? w + 4 * TILE : w + 4 * TILE + (blocks - 1) * next;
+}
+
 // Sums of a tile of rows (x, `step` bytes from chunk to chunk) with NB blocks (w, `next` bytes from block to block), over
 // some chunks. Goes on from what is in out, unless fresh. out: [rows][ld], float for bfloat16, int32 for int8.
 namespace portable {
@@ -154,13 +160,6 @@ template <int R, int NB> INLINE void int8(
 
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
 namespace avx512 {
-INLINE void ahead(const char* w, i64 next, i64 left, int blocks) {
-    // The streams of these blocks end where those of the next ones begin.
-    const i64 far = 4 * 1024;
-    const char* p = left * TILE > far ? w + far : w + far + (blocks - 1) * next;
-    _mm_prefetch(p, _MM_HINT_T0);
-}
-
 template <int R, int NB> INLINE void bfloat16(
     const char* x, i64 step, const char* w, i64 next, i64 chunks, float* out, i64 ld, bool fresh) {
     __m512 sums[R][NB];
@@ -173,7 +172,7 @@ template <int R, int NB> INLINE void bfloat16(
             for (int b = 0; b < NB; ++b) {
                 const char* at = w + b * next + c * TILE + k * 64;
                 v[b] = (__m512bh)_mm512_loadu_si512(at);
-                ahead(at, next, chunks - c, NB);
+                _mm_prefetch(ahead(at, next, chunks - c, NB), _MM_HINT_T0);
             }
             for (int r = 0; r < R; ++r) {
                 int32_t pair;
@@ -198,7 +197,7 @@ template <int R, int NB> INLINE void int8(
             for (int b = 0; b < NB; ++b) {
                 const char* at = w + b * next + c * TILE + k * 64;
                 v[b] = _mm512_loadu_si512(at);
-                ahead(at, next, chunks - c, NB);
+                _mm_prefetch(ahead(at, next, chunks - c, NB), _MM_HINT_T0);
             }
             for (int r = 0; r < R; ++r) {
                 int32_t four;
@@ -251,9 +250,9 @@ inline void release() {
         else _tile_dpbf16ps(to, x, w);                      \
     } while (0)
 
-INLINE void ahead(const char* w, i64 next, i64 left, int blocks) {
-    const i64 far = 4 * TILE;
-    const char* p = left > far / TILE ? w + far : w + far + (blocks - 1) * next;
+// A whole chunk that comes.
+INLINE void fetch(const char* w, i64 next, i64 left, int blocks) {
+    const char* p = ahead(w, next, left, blocks);
     for (int i = 0; i < 16; ++i) _mm_prefetch(p + i * 64, _MM_HINT_T0);
 }
 
@@ -275,7 +274,7 @@ template <i64 format, int NB> inline void one(
     for (i64 c = 0; c < chunks; ++c) {
         const char* at = w + c * TILE;
         _tile_loadd(4, x + c * step, CHUNK);
-        for (int b = 0; b < NB; ++b) ahead(at + b * next, next, chunks - c, NB);
+        for (int b = 0; b < NB; ++b) fetch(at + b * next, next, chunks - c, NB);
         _tile_loadd(6, at, 64);
         SUM(0, 4, 6);
         if constexpr (NB > 1) { _tile_loadd(7, at + next, 64); SUM(1, 4, 7); }
@@ -302,7 +301,7 @@ template <i64 format, bool cold> inline void two(
     }
     for (i64 c = 0; c < chunks; ++c) {
         if constexpr (cold)
-            for (int b = 0; b < 2; ++b) ahead(w + b * next + c * TILE, next, chunks - c, 2);
+            for (int b = 0; b < 2; ++b) fetch(w + b * next + c * TILE, next, chunks - c, 2);
         _tile_loadd(6, w + c * TILE, 64);
         _tile_loadd(4, x + c * step, CHUNK);
         SUM(0, 4, 6);

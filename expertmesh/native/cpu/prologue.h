@@ -75,16 +75,14 @@ struct Down {
 
     void run(const Team& team) const {
         project(team, [&](i64 r, const float* normed) {
-            if (!q_norm) by_lanes(a.columns, [&](i64 i, int lanes) {
-                store(c_q + r * a.columns + i, load(normed + i, lanes), lanes);
-            });
+            if (!q_norm) convert(normed, a.columns, c_q + r * a.columns);
         });
         auto [row, end] = team.share(rows);
         for (; row < end; ++row) {
             const float* low = s.low + row * wide();
             if (q_norm) rms_norm(low, q_norm, LATENT_EPS, q_lora, c_q + row * q_lora);
             rms_norm(low + q_lora, kv_norm, LATENT_EPS, latent, c_kv + row * latent);
-            for (i64 i = 0; i < rope; ++i) k_rope[row * rope + i] = narrow(low[q_lora + latent + i]);
+            convert(low + q_lora + latent, rope, k_rope + row * rope);
         }
     }
 };
@@ -126,7 +124,7 @@ struct Queries {
                     rotated = absorbed_here + r * heads() * wide + latent();
                 } else {
                     bf16* to = plain_here + (r - absorbed) * heads() * plain;
-                    by_lanes(nope(), [&](i64 i, int lanes) { store(to + i, load(q + i, lanes), lanes); });
+                    convert(q, nope(), to);
                     rotated = to + nope();
                 }
                 rotary.rotate(r, q + nope(), rotated);
@@ -134,7 +132,7 @@ struct Queries {
             for_products(mine, key_up.part(head), 0, key_up.blocks(), panel,
                          [&](i64 r, i64 output, i64 outputs, const float* y) {
                 bf16* to = absorbed_here + r * heads() * wide + output;
-                by_lanes(outputs, [&](i64 i, int lanes) { store(to + i, load(y + i), lanes); });
+                convert(y, outputs, to);
             });
         }
     }
@@ -179,7 +177,7 @@ struct Up {
         auto [row, end] = team.share(rows);
         for (; row < end; ++row) {
             queries.s.low.put(row, c_q + row * low);
-            for (i64 i = 0; i < rope; ++i) wide[i] = widen(k_rope[row * rope + i]);
+            convert(k_rope + row * rope, rope, wide);
             write_cache(cache, rotary, row, slots[row], latent, c_kv + row * latent, wide);
         }
         team.sync();
@@ -260,7 +258,7 @@ struct Absorb {
             for_products(o.nope, key_up.part(head), 0, key_up.blocks(), o.panel,
                          [&](i64 r, i64 output, i64 outputs, const float* y) {
                 bf16* at = out + (r * heads + head) * to + output;
-                by_lanes(outputs, [&](i64 i, int lanes) { store(at + i, load(y + i), lanes); });
+                convert(y, outputs, at);
             });
         }
     }

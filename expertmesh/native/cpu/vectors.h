@@ -110,6 +110,11 @@ template <class T> INLINE void store(T* p, F16 x, int lanes) {
     for (int i = 0; i < lanes; ++i) put(p + i, x[i]);
 }
 
+// n numbers of one type to another.
+template <class T, class O> INLINE void convert(const T* from, i64 n, O* to) {
+    by_lanes(n, [&](i64 i, int lanes) { store(to + i, load(from + i, lanes), lanes); });
+}
+
 // 1 / root mean square, of n numbers.
 template <class T> inline float inverse_rms(const T* x, i64 n, float eps) {
     F16 squares = {};
