@@ -21,7 +21,7 @@ class PageCache:
     def __init__(self, pages: int, page_size: int, prefix_cache: bool = True) -> None:
         self.pages, self.page_size, self.prefix_cache = pages, page_size, prefix_cache
         self._holders = [0] * pages
-        # Least recently released first: the next to be given away.
+        # The next to be given away first.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(pages))
         self._page_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
@@ -46,13 +46,16 @@ class PageCache:
         return taken
 
     def release(self, pages: Sequence[int]) -> None:
-        """Give pages back. The last of a text goes first when pages are needed: beginnings are worth more."""
+        """Give pages back. The last of a text goes first when pages are needed: beginnings are worth more. Before all
+        of them go pages without a name, which nobody can find: their memory was touched lately, and is there."""
         for page in reversed(pages):
             if self._holders[page] < 1:
                 raise RuntimeError(f"page {page} is released more often than it was taken")
             self._holders[page] -= 1
             if self._holders[page] == 0:
                 self._free[page] = None
+                if page not in self._hash_of:
+                    self._free.move_to_end(page, last=False)
 
     def match(self, tokens: Sequence[int]) -> tuple[list[int], list[bytes]]:
         """Pages that hold the longest known beginning of these tokens, taken for the caller, and their hashes.

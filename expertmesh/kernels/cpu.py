@@ -7,6 +7,7 @@ The same source is compiled for what the processor has. Signatures and shapes ar
 import ctypes
 import platform
 import struct
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from expertmesh.config.precision import PLAIN, Format
 from expertmesh.kernels import eager
 from expertmesh.kernels.memory import Kept
 from expertmesh.kernels.packed import Packed, PackedLatentUp
-from expertmesh.kernels.tape import Tape
+from expertmesh.kernels.tape import Pool, Tape
 from expertmesh.kernels.types import AttentionRows, Prefill, Queries, Rotary, Routing
 from expertmesh.native import NotBuilt, library
 
@@ -72,6 +73,13 @@ def open_library(variant: Variant) -> ctypes.CDLL:
     return found
 
 
+class _Own(threading.local):
+    """A thread's memory for results: what is given back to the system has to be cleared before it is had again."""
+
+    def __init__(self) -> None:
+        self.pool = Pool()
+
+
 class Cpu:
     """Kernels of one library. While a tape records, ops are written down besides being computed."""
 
@@ -84,6 +92,7 @@ class Cpu:
         self.library.read_memory.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
         self._ops: dict[str, int] = {}
         self._tape: Tape | None = None
+        self._own = _Own()
 
     # ---- weights
 
@@ -126,9 +135,8 @@ class Cpu:
             self._tape.add((number, len(words), *words))
 
     def _empty(self, *shape: int, dtype: torch.dtype = BF16) -> Tensor:
-        if self._tape is None:
-            return torch.empty(shape, dtype=dtype)
-        return self._tape.pool.empty(shape, dtype)
+        pool = self._own.pool if self._tape is None else self._tape.pool
+        return pool.empty(shape, dtype)
 
     def _elsewhere(self) -> None:
         if self._tape is not None:

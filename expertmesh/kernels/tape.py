@@ -20,8 +20,8 @@ from torch import Tensor
 
 
 class Pool:
-    """Memory for what ops return while a tape records. A piece is taken again when no tensor is on it any more, also by
-    tapes that are recorded later: they never run at the same time."""
+    """Memory for what ops return. A piece is taken again when no tensor is on it any more; by a tape that records also
+    when it holds what another tape computes, for they never run at the same time."""
 
     def __init__(self) -> None:
         self._pieces: list[_Piece] = []

@@ -241,7 +241,7 @@ struct Prefill {
     Matrix key_up, value_up;  // a part for each head: [latent, nope], [value, latent]
     bf16* out;
 
-    static constexpr i64 QUERIES = 64, AT_A_TIME = i64(64) << 20;
+    static constexpr i64 QUERIES = 64, SCORES = apart(SPAN / LANES), AT_A_TIME = i64(64) << 20;
 
     i64 heads() const { return value_up.parts; }
     i64 nope() const { return key_up.columns; }
@@ -309,10 +309,10 @@ struct Prefill {
         i64 tile = span * SPAN / LANES, tokens = std::min(SPAN, length - span * SPAN);
         Rows some = s.latents;
         for (i64 b = 0; b < by.blocks(); b += MANY_BLOCKS) {
-            i64 blocks = std::min(MANY_BLOCKS, by.blocks() - b), ld = blocks * LANES;
+            i64 blocks = std::min(MANY_BLOCKS, by.blocks() - b), ld = apart(blocks);
             product(some, tile, tile + up(tokens, LANES), by, b, blocks, o.panel, ld);
             for (i64 t = 0; t < tokens; ++t)
-                use(t, b * LANES, std::min(ld, by.rows - b * LANES), o.panel + t * ld);
+                use(t, b * LANES, std::min(blocks * LANES, by.rows - b * LANES), o.panel + t * ld);
         }
     }
 
@@ -352,7 +352,7 @@ struct Prefill {
         for (i64 span = 0; span * SPAN < known + count; ++span) {
             i64 tokens = std::min(SPAN, length - span * SPAN), chunks = up(tokens, 32);
             Matrix k{keys + span * key_bytes(), BFLOAT16, 1, tokens, wide(), nullptr, nullptr};
-            product(q, 0, up(count, LANES), k, 0, up(tokens, LANES), o.panel, SPAN);
+            product(q, 0, up(count, LANES), k, 0, up(tokens, LANES), o.panel, SCORES);
             Rows weights{o.weights, nullptr, BFLOAT16, count, chunks * 32};
             for (i64 r = 0; r < count; ++r) {
                 i64 visible = std::min(tokens, known + r + 1 - span * SPAN);
@@ -375,7 +375,7 @@ struct Prefill {
 
     // Scores of a row to weights; what was summed up before is made to fit them.
     void weigh(Own& o, i64 r, i64 visible, const Rows& weights) const {
-        float* scores = o.panel + r * SPAN;
+        float* scores = o.panel + r * SCORES;
         i64 columns = weights.columns;
         if (visible <= 0) {
             for (i64 i = 0; i < columns; i += LANES) weights.put_lanes(r, i, F16{});

@@ -2,28 +2,31 @@
 #pragma once
 #include "product.h"
 
-// silu(gate) * up of blocks [begin, end), as rows for `down`; or as plain numbers where those still have to be measured
-// before they are quantised.
+// silu(gate) * up of blocks [begin, end), as rows for `down` from row `to` on; or as plain numbers where those still have
+// to be measured before they are quantised.
 inline void gate_and_up(
     const Rows& x, const Matrix& gate, const Matrix& up_, i64 begin, i64 end, float* panels, const Rows& inner,
-    float* plain) {
+    float* plain, i64 to = 0) {
     float *gates = panels, *ups = panels + PANEL;
     i64 width = blocks_at_a_time(x.count), all_tiles = up(x.count, LANES);
     for (i64 b = begin; b < end; b += width) {
-        i64 blocks = std::min(width, end - b), ld = blocks * LANES;
+        i64 blocks = std::min(width, end - b), ld = apart(blocks);
         for (i64 t = 0; t < all_tiles; t += PANEL_TILES) {
             i64 stop = std::min(t + PANEL_TILES, all_tiles);
             product(x, t, stop, gate, b, blocks, gates, ld);
             product(x, t, stop, up_, b, blocks, ups, ld);
             for (i64 row = t * LANES, last = std::min(stop * LANES, x.count); row < last; ++row)
-                for (i64 i = 0; i < ld; i += LANES) {
+                for (i64 i = 0; i < blocks * LANES; i += LANES) {
                     i64 at = (row - t * LANES) * ld + i, column = b * LANES + i;
                     F16 v = silu(load(gates + at)) * load(ups + at);
                     if (inner.format == BFLOAT16) {
-                        inner.put_lanes(row, column, v);
+                        inner.put_lanes(to + row, column, v);
                         if (b + i / LANES + 1 == gate.blocks() && column % 32 == 0)  // the chunk's other half
-                            inner.put_lanes(row, column + LANES, F16{});
-                    } else store(plain + row * inner.columns + column, v, int(std::min<i64>(LANES, inner.columns - column)));
+                            inner.put_lanes(to + row, column + LANES, F16{});
+                    } else {
+                        int lanes = int(std::min<i64>(LANES, inner.columns - column));
+                        store(plain + (to + row) * inner.columns + column, v, lanes);
+                    }
                 }
         }
     }
@@ -83,14 +86,16 @@ struct Experts {
         float *gathered_scale, *inner_scale, *plain, *sums, *panels;
         i64 *first, *order, *hits;  // of each slot its first pair; pairs by slot; slots with rows, and their number
     } s;
-    // A tile that is not full keeps its rows close; so nothing takes more than twice its rows.
+    // Rows of a slot that a thread brings together at a time, so that they are in its own cache.
+    static constexpr i64 NEAR = PANEL_TILES * LANES;
     static i64 row_bytes(const Matrix& m) { return up(m.columns, per_chunk(rows_format(m.format))) * CHUNK; }
-    i64 room(const Matrix& m) const { return 2 * pairs() * row_bytes(m); }
+    i64 near_bytes() const { return std::min(NEAR, up(pairs(), LANES) * LANES) * row_bytes(gate_up); }
     void lay(Space& space, int threads) {
         s.x = Rows::in(space, gate_up.format, rows, gate_up.columns);
-        s.gathered = space.take<char>(room(gate_up));
-        s.inner = space.take<char>(room(down));
-        s.gathered_scale = space.take<float>(pairs());
+        s.gathered = space.take<char>(threads * near_bytes());
+        s.gathered_scale = space.take<float>(threads * NEAR);
+        // A tile that is not full keeps its rows close; so nothing takes more than twice its rows.
+        s.inner = space.take<char>(2 * pairs() * row_bytes(down));
         s.inner_scale = space.take<float>(pairs());
         s.plain = space.take<float>(down.format == INT8 ? pairs() * down.columns : 0);
         s.sums = space.take<float>(rows * down.rows);
@@ -101,13 +106,11 @@ struct Experts {
     }
 
     // Rows of one slot among those of all.
-    Rows of(i64 slot, char* tiles, float* scale, const Matrix& m) const {
-        i64 before = s.first[slot];
-        i64 count = s.first[slot + 1] - before;
-        return {tiles + 2 * before * row_bytes(m), scale + before, rows_format(m.format), count, m.columns};
+    Rows inner(i64 slot) const {
+        i64 before = s.first[slot], count = s.first[slot + 1] - before;
+        char* tiles = s.inner + 2 * before * row_bytes(down);
+        return {tiles, s.inner_scale + before, rows_format(down.format), count, down.columns};
     }
-    Rows to_multiply(i64 slot) const { return of(slot, s.gathered, s.gathered_scale, gate_up); }
-    Rows inner(i64 slot) const { return of(slot, s.inner, s.inner_scale, down); }
 
     void sort() const {
         std::fill(s.first, s.first + slot_count() + 1, 0);
@@ -125,24 +128,25 @@ struct Experts {
         s.first[0] = 0;
     }
 
-    void gather(Range mine) const {
-        i64 chunks = s.x.chunks(), from_step = s.x.high() * CHUNK;
-        i64 slot = 0;
-        for (i64 i = mine.begin; i < mine.end; ++i) {
-            while (s.first[slot + 1] <= i) ++slot;
-            Rows to = to_multiply(slot);
-            i64 row = s.order[i] / choices, place = i - s.first[slot], step = to.high() * CHUNK;
+    // Rows of pairs [begin, end), which are of one slot.
+    Rows gather(const Team& team, i64 begin, i64 end) const {
+        Rows to(s.gathered + team.me * near_bytes(), s.gathered_scale + team.me * NEAR, s.x.format, end - begin,
+                gate_up.columns);
+        i64 chunks = s.x.chunks(), step = to.high() * CHUNK, from_step = s.x.high() * CHUNK;
+        for (i64 i = 0; i < to.count; ++i) {
+            i64 row = s.order[begin + i] / choices;
             const char* from = s.x.at(row);
-            char* at = to.at(place);
+            char* at = to.at(i);
             for (i64 c = 0; c < chunks; ++c) memcpy(at + c * step, from + c * from_step, CHUNK);
-            if (to.format == INT8) to.scale[place] = s.x.scale[row];
+            if (to.format == INT8) to.scale[i] = s.x.scale[row];
         }
+        return to;
     }
 
     // Calls use(slot, begin, end) for my share of the blocks of all hit slots, by what they cost: their weights have to be
     // read, and every row has to be computed.
     template <class Use> void shared(const Team& team, i64 blocks, Use use) const {
-        auto cost = [&](i64 slot) { return (s.first[slot + 1] - s.first[slot]) + 16; };
+        auto cost = [&](i64 slot) { return (s.first[slot + 1] - s.first[slot]) + ROWS_OF_A_READ; };
         i64 total = 0, before = 0;
         for (i64 h = 1; h <= s.hits[0]; ++h) total += cost(s.hits[h]);
         double low = double(total) * team.me / team.size, high = double(total) * (team.me + 1) / team.size;
@@ -163,16 +167,15 @@ struct Experts {
         for (; row < stop; ++row) s.x.put(row, x + row * gate_up.columns);
         if (team.me == team.size - 1) sort();
         team.sync();
-        i64 here = s.first[slot_count()];
-        gather(team.share(here));
-        team.sync();
         shared(team, gate_up.blocks(), [&](i64 slot, i64 begin, i64 end) {
-            gate_and_up(to_multiply(slot), gate_up.part(2 * slot), gate_up.part(2 * slot + 1), begin, end, panels,
-                        inner(slot), s.plain + s.first[slot] * down.columns);
+            i64 first = s.first[slot], last = s.first[slot + 1];
+            for (i64 i = first; i < last; i += NEAR)
+                gate_and_up(gather(team, i, std::min(i + NEAR, last)), gate_up.part(2 * slot), gate_up.part(2 * slot + 1),
+                            begin, end, panels, inner(slot), s.plain + first * down.columns, i - first);
         });
         team.sync();
         if (down.format == INT8) {
-            auto [begin, end] = team.share(here);
+            auto [begin, end] = team.share(s.first[slot_count()]);
             i64 slot = 0;
             for (i64 i = begin; i < end; ++i) {
                 while (s.first[slot + 1] <= i) ++slot;

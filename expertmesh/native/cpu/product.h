@@ -250,10 +250,8 @@ inline void release() {
         else _tile_dpbf16ps(to, x, w);                      \
     } while (0)
 
-// A whole chunk that comes.
-INLINE void fetch(const char* w, i64 next, i64 left, int blocks) {
-    const char* p = ahead(w, next, left, blocks);
-    for (int i = 0; i < 16; ++i) _mm_prefetch(p + i * 64, _MM_HINT_T0);
+INLINE void fetch(const char* p, i64 lines) {
+    for (i64 i = 0; i < lines; ++i) _mm_prefetch(p + i * 64, _MM_HINT_T0);
 }
 
 // One tile of rows with NB blocks.
@@ -274,7 +272,7 @@ template <i64 format, int NB> inline void one(
     for (i64 c = 0; c < chunks; ++c) {
         const char* at = w + c * TILE;
         _tile_loadd(4, x + c * step, CHUNK);
-        for (int b = 0; b < NB; ++b) fetch(at + b * next, next, chunks - c, NB);
+        for (int b = 0; b < NB; ++b) fetch(ahead(at + b * next, next, chunks - c, NB), 16);
         _tile_loadd(6, at, 64);
         SUM(0, 4, 6);
         if constexpr (NB > 1) { _tile_loadd(7, at + next, 64); SUM(1, 4, 7); }
@@ -287,34 +285,77 @@ template <i64 format, int NB> inline void one(
     if constexpr (NB > 3) _tile_stored(3, sums + 48, stride);
 }
 
-// Two tiles of rows (`tile` bytes apart) with two blocks. cold: no rows before these have read the blocks.
-template <i64 format, bool cold> inline void two(
-    const char* x, i64 tile, i64 step, const char* w, i64 next, i64 chunks, void* out, i64 ld, bool fresh) {
+enum class Fetch { NOTHING, AHEAD, NEXT, LATER };
+constexpr i64 SOON = 2;  // chunks
+
+// One tile of rows or two (`tile` bytes apart) with two blocks, over some chunks. What is fetched meanwhile of both blocks:
+// what is ahead in their streams; the chunk that is next, but for the first two; or a few lines at each chunk from `later`
+// on.
+template <i64 format, int tiles, Fetch what> INLINE void two(
+    const char* x, i64 tile, i64 step, const char* w, i64 next, i64 chunks, void* out, i64 ld, bool fresh,
+    const char* later = nullptr, i64 lines = 0) {
     float* upper = static_cast<float*>(out);
     float* lower = upper + 16 * ld;
     i64 stride = ld * 4;
     if (fresh) {
-        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+        _tile_zero(0); _tile_zero(1);
+        if constexpr (tiles > 1) { _tile_zero(2); _tile_zero(3); }
     } else {
         _tile_loadd(0, upper, stride); _tile_loadd(1, upper + 16, stride);
-        _tile_loadd(2, lower, stride); _tile_loadd(3, lower + 16, stride);
+        if constexpr (tiles > 1) { _tile_loadd(2, lower, stride); _tile_loadd(3, lower + 16, stride); }
     }
     for (i64 c = 0; c < chunks; ++c) {
-        if constexpr (cold)
-            for (int b = 0; b < 2; ++b) fetch(w + b * next + c * TILE, next, chunks - c, 2);
-        _tile_loadd(6, w + c * TILE, 64);
+        const char* at = w + c * TILE;
+        if constexpr (what == Fetch::AHEAD)
+            for (int b = 0; b < 2; ++b) fetch(ahead(at + b * next, next, chunks - c, 2), 16);
+        if constexpr (what == Fetch::NEXT)
+            if (c + 1 >= SOON && c + 1 < chunks) { fetch(at + TILE, 16); fetch(at + next + TILE, 16); }
+        if constexpr (what == Fetch::LATER) {
+            fetch(later + c * lines * 64, lines);
+            fetch(later + next + c * lines * 64, lines);
+        }
+        _tile_loadd(6, at, 64);
         _tile_loadd(4, x + c * step, CHUNK);
         SUM(0, 4, 6);
-        _tile_loadd(7, w + next + c * TILE, 64);
+        _tile_loadd(7, at + next, 64);
         SUM(1, 4, 7);
-        _tile_loadd(5, x + tile + c * step, CHUNK);
-        SUM(2, 5, 6);
-        SUM(3, 5, 7);
+        if constexpr (tiles > 1) {
+            _tile_loadd(5, x + tile + c * step, CHUNK);
+            SUM(2, 5, 6);
+            SUM(3, 5, 7);
+        }
     }
     _tile_stored(0, upper, stride); _tile_stored(1, upper + 16, stride);
-    _tile_stored(2, lower, stride); _tile_stored(3, lower + 16, stride);
+    if constexpr (tiles > 1) { _tile_stored(2, lower, stride); _tile_stored(3, lower + 16, stride); }
 }
 #undef SUM
+
+// More than two tiles of rows with two blocks, a few chunks at a time, which stay in the nearest cache with the rows and
+// the sums. Memory has to be read all the time, but a core waits for so few lines at once that none can be spared for what
+// is far off. So few rows fetch what they need next, and the last of them the first chunks of the next turn; where there
+// are many, all of them together fetch the next turn.
+template <i64 format, bool many> inline void turns(
+    const char* x, i64 count, i64 tile, i64 step, const char* w, i64 next, i64 chunks, float* out, i64 ld, bool fresh) {
+    constexpr i64 TURN = many ? 8 : 4;
+    constexpr Fetch NONE = Fetch::NOTHING, LATER = Fetch::LATER, FIRST = many ? LATER : Fetch::NEXT, MIDST = many ? LATER : NONE;
+    i64 lines = many ? up(16, up(count, 2)) : SOON * 16 / TURN;
+    for (i64 c = 0; c < chunks; c += TURN) {
+        i64 some = std::min(TURN, chunks - c);
+        const char *at = w + c * TILE, *later = at + some * TILE + (c + some < chunks ? 0 : next);
+        for (i64 t = 0; t < count; t += 2) {
+            const char* from = x + t * tile + c * step;
+            float* to = out + t * LANES * ld;
+            bool begin = fresh && c == 0, last = t + 2 >= count, single = t + 1 == count;
+            if (some < TURN && single) two<format, 1, NONE>(from, tile, step, at, next, some, to, ld, begin);
+            else if (some < TURN) two<format, 2, NONE>(from, tile, step, at, next, some, to, ld, begin);
+            else if (t == 0) two<format, 2, FIRST>(from, tile, step, at, next, TURN, to, ld, begin, later, lines);
+            else if (single) two<format, 1, LATER>(from, tile, step, at, next, TURN, to, ld, begin, later, lines);
+            else if (last) two<format, 2, LATER>(from, tile, step, at, next, TURN, to, ld, begin, later, lines);
+            else two<format, 2, MIDST>(from, tile, step, at, next, TURN, to, ld, begin, later, lines);
+            if (many) later += TURN * lines * 64;
+        }
+    }
+}
 
 template <i64 format> inline void tiles(
     const Rows& x, i64 tile0, i64 tile1, const char* w, i64 next, i64 first, i64 chunks, i64 blocks, float* out, i64 ld,
@@ -328,14 +369,13 @@ template <i64 format> inline void tiles(
     if (count == 1)
         for (; b + 4 <= blocks; b += 4) one<format, 4>(rows, step, w + b * next, next, chunks, out + b * 16, ld, fresh);
     else
-        for (; b + 2 <= blocks; b += 2)
-            for (i64 t = 0; t < count; t += 2) {
-                const char* from = rows + t * tile;
-                float* to = out + t * LANES * ld + b * 16;
-                if (t + 1 == count) one<format, 2>(from, step, w + b * next, next, chunks, to, ld, fresh);
-                else if (t == 0) two<format, true>(from, tile, step, w + b * next, next, chunks, to, ld, fresh);
-                else two<format, false>(from, tile, step, w + b * next, next, chunks, to, ld, fresh);
-            }
+        for (; b + 2 <= blocks; b += 2) {
+            const char* at = w + b * next;
+            float* to = out + b * 16;
+            if (count == 2) two<format, 2, Fetch::AHEAD>(rows, tile, step, at, next, chunks, to, ld, fresh);
+            else if (count <= 6) turns<format, false>(rows, count, tile, step, at, next, chunks, to, ld, fresh);
+            else turns<format, true>(rows, count, tile, step, at, next, chunks, to, ld, fresh);
+        }
     for (; b < blocks; ++b)
         for (i64 t = 0; t < count; ++t)
             one<format, 1>(rows + t * tile, step, w + b * next, next, chunks, out + t * LANES * ld + b * 16, ld, fresh);
@@ -376,9 +416,11 @@ template <i64 format> inline void tiles(
 #if defined(__AMX_BF16__) && defined(__AMX_INT8__)
 namespace fastest = amx;
 inline void leave() { amx::release(); }
+constexpr i64 ROWS_OF_A_READ = 192;  // that are computed in the time that a matrix takes to be read
 #else
 namespace fastest = vector_tiles;
 inline void leave() {}
+constexpr i64 ROWS_OF_A_READ = 16;
 #endif
 
 // Groups of inputs, as they are kept, to pairs of bfloat16 numbers of each output: exact, since none has more than eight
@@ -464,11 +506,17 @@ inline void widen_blocks(const Matrix& w, i64 block, i64 blocks, i64 group, char
     else widen_blocks<FP8>(w, block, blocks, group, to);
 }
 
+// How many blocks, and tiles of rows, are computed at a time.
+constexpr i64 FEW_BLOCKS = 4, MANY_BLOCKS = 16, PANEL_TILES = 16;
+// Numbers from a row of sums to the next: no power of two, or all rows would want the same few lines of the cache.
+constexpr i64 apart(i64 blocks) { return (blocks + 1) * LANES; }
+constexpr i64 PANEL = apart(MANY_BLOCKS) * PANEL_TILES * LANES;  // numbers
+
 // Every group's sums are scaled and added to those of the groups before it.
 inline void grouped_product(
     const Rows& x, i64 tile0, i64 tile1, const Matrix& w, i64 block, i64 blocks, float* out, i64 ld) {
     i64 rows = std::min(tile1 * LANES, x.count) - tile0 * LANES, chunks = x.chunks();
-    i64 bytes = blocks * GROUP_BYTES, floats = (tile1 - tile0) * LANES * blocks * LANES;
+    i64 bytes = blocks * GROUP_BYTES, near = apart(blocks), floats = (tile1 - tile0) * LANES * near;
     thread_local std::vector<char> memory;
     if (i64(memory.size()) < bytes + floats * 4 + 64) memory.resize(bytes + floats * 4 + 64);
     char* wide = memory.data() + (-reinterpret_cast<uintptr_t>(memory.data()) & 63);
@@ -477,11 +525,11 @@ inline void grouped_product(
         i64 first = group * GROUP / 32;
         widen_blocks(w, block, blocks, group, wide);
         fastest::tiles<BFLOAT16>(
-            x, tile0, tile1, wide, GROUP_BYTES, first, std::min(GROUP / 32, chunks - first), blocks, sums, blocks * LANES, true);
+            x, tile0, tile1, wide, GROUP_BYTES, first, std::min(GROUP / 32, chunks - first), blocks, sums, near, true);
         for (i64 b = 0; b < blocks; ++b) {
             F16 scale = load(w.scale + ((block + b) * w.groups() + group) * LANES);
             for (i64 r = 0; r < rows; ++r) {
-                F16 sum = load(sums + (r * blocks + b) * LANES) * scale;
+                F16 sum = load(sums + r * near + b * LANES) * scale;
                 float* at = out + r * ld + b * LANES;
                 store(at, group ? load(at) + sum : sum);
             }
@@ -511,9 +559,6 @@ inline void product(const Rows& x, i64 tile0, i64 tile1, const Matrix& w, i64 bl
         }
 }
 
-// How many blocks, and tiles of rows, are computed at a time.
-constexpr i64 FEW_BLOCKS = 4, MANY_BLOCKS = 16, PANEL_TILES = 16;
-constexpr i64 PANEL = MANY_BLOCKS * LANES * PANEL_TILES * LANES;  // floats
 inline i64 blocks_at_a_time(i64 rows) { return rows > 2 * LANES ? MANY_BLOCKS : FEW_BLOCKS; }
 
 // use(row, output, outputs, values): for each row, pieces of blocks [begin, end) of a part, of up to `width` blocks.
@@ -522,7 +567,7 @@ template <class Use> inline void for_products(
     if (!x.count) return;
     i64 width = blocks_at_a_time(x.count), all_tiles = up(x.count, LANES);
     for (i64 b = begin; b < end; b += width) {
-        i64 blocks = std::min(width, end - b), ld = blocks * LANES;
+        i64 blocks = std::min(width, end - b), ld = apart(blocks);
         i64 outputs = std::min(blocks * LANES, w.rows - b * LANES);
         for (i64 t = 0; t < all_tiles; t += PANEL_TILES) {
             i64 stop = std::min(t + PANEL_TILES, all_tiles);

@@ -140,7 +140,7 @@ struct Queries {
 private:
     // use(row, outputs): all outputs of a part that is narrow enough for a panel.
     template <class Use> static void for_whole(const Rows& x, const Matrix& w, float* panel, Use use) {
-        i64 ld = w.blocks() * LANES, most = std::max<i64>(1, PANEL / (ld * LANES));
+        i64 ld = apart(w.blocks()), most = std::max<i64>(1, PANEL / (ld * LANES));
         for (i64 t = 0, all_tiles = up(x.count, LANES); t < all_tiles; t += most) {
             i64 stop = std::min(t + most, all_tiles);
             product(x, t, stop, w, 0, w.blocks(), panel, ld);

@@ -57,24 +57,28 @@ INLINE F16 evens(F16 a, F16 b) {
 INLINE F16 odds(F16 a, F16 b) {
     return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
+// All numbers of a vector, in pairs whose distance halves.
+template <class Op> INLINE float fold(F16 x, Op op) {
+    x = op(x, __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    x = op(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+    x = op(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+    x = op(x, __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+    return x[0];
+}
 INLINE float sum(F16 x) {
-    float out = 0;
-    for (int i = 0; i < LANES; ++i) out += x[i];
-    return out;
+    return fold(x, [](F16 a, F16 b) { return a + b; });
 }
 INLINE float largest(F16 x) {
-    float out = x[0];
-    for (int i = 1; i < LANES; ++i) out = std::max(out, x[i]);
-    return out;
+    return fold(x, [](F16 a, F16 b) { return max(a, b); });
 }
 
 // e^x within two units of the last place (Cephes' expf); 0 far below, infinity far above.
 INLINE F16 exponential(F16 x) {
     F16 top = all(88.72284f), low = all(-87.33655f);
     F16 in = x > top ? top : (x < low ? low : x);
-    F16 n = in * 1.44269504088896341f;
-    I16 whole = __builtin_convertvector(n + (F16)(n < 0 ? all(-0.5f) : all(0.5f)), I16);
-    F16 back = __builtin_convertvector(whole, F16);
+    // The sum has no room for fractions: it is rounded, and its last bits are the whole number.
+    F16 round = all(12582912.0f), shifted = in * 1.44269504088896341f + round;
+    F16 back = shifted - round;
     F16 r = in - back * 0.693359375f + back * 2.12194440e-4f;
     F16 p = all(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
@@ -84,7 +88,7 @@ INLINE F16 exponential(F16 x) {
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
     // In two steps, since 2^128 is no float.
-    I16 half = whole >> 1;
+    I16 whole = (I16)shifted - (I16)round, half = whole >> 1;
     F16 first = (F16)((half + 127) << 23), second = (F16)((whole - half + 127) << 23);
     p = p * first * second;
     p = x < low ? all(0.0f) : p;
