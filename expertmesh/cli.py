@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit code: 0, 2 for bad input, 1 where a rank failed, 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("expertmesh.native").setLevel(logging.INFO)
     parser = argparse.ArgumentParser(
         prog="expertmesh", description="Inference for DeepSeek-V3-class mixture-of-experts models."
     )

@@ -13,7 +13,7 @@ from tests.support.attention import Sizes, normal, rows_of
 
 BF16 = torch.bfloat16
 ROWS = 70
-SOME = [[0], [69], [3, 40], list(range(17)), list(range(5, 38)), list(range(ROWS))]
+SOME = [[0], [22], [69], [3, 40], list(range(17)), list(range(5, 38)), list(range(ROWS))]
 each_kind = pytest.mark.parametrize("kind", NATIVE, ids=repr)
 
 

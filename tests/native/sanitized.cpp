@@ -1,4 +1,5 @@
-// Every op over ragged, odd and empty shapes, for the sanitizers that this is compiled with. All that an op is given is
+// Every op over ragged, odd and empty shapes, for the sanitizers that this is compiled with, or without any to compare the
+// bits of programs that are compiled as the kernels are. All that an op is given is
 // allocated to the byte and aligned as its numbers have to be, no more. Results and workspace begin as NaN, so that what
 // is not written, or read before it is, comes out. One thread and several have to give the same bits.
 #if defined(__AMX_TILE__) && defined(__SANITIZE_ADDRESS__)
@@ -18,12 +19,16 @@ static inline void touch(const void* base, long stride, long rows) {
 #endif
 
 #include "../../expertmesh/native/cpu/kernels.cpp"
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#include <sanitizer/common_interface_defs.h>
+#else
+static void __sanitizer_set_death_callback(void (*)()) {}
+#endif
 #include <cstdio>
 #include <deque>
 #include <initializer_list>
 #include <memory>
 #include <random>
-#include <sanitizer/common_interface_defs.h>
 #include <vector>
 
 namespace {

@@ -86,13 +86,15 @@ def test_a_split_without_a_compiler() -> None:
     assert (split.slots_RS.ravel()[split.wish(experts_TK, 0).slots_TK] == experts_TK).all()
 
 
-def test_it_is_built_once_beside_its_source(unbuilt: Path) -> None:
+def test_it_is_built_once_beside_its_source(unbuilt: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="expertmesh.native")
     first = native.library("balance")
     (made,) = (unbuilt / "__pycache__").iterdir()
     stamp = made.stat().st_mtime_ns
     native._found.cache_clear()
     assert native.library("balance")._name == first._name == str(made)
     assert made.stat().st_mtime_ns == stamp and not Path.home().exists()
+    assert caplog.messages == ["compiling balance for this processor, once: a few seconds"]
 
 
 def test_another_source_is_another_library(unbuilt: Path) -> None:

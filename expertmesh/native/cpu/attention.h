@@ -161,7 +161,7 @@ struct Decode {
         for (int h = 0; h < LANES; ++h)
             for (i64 i = 0; i < width; i += LANES) {
                 float* at = before + h * width + i;
-                store(at, load(at) * keep[h] + load(later + h * width + i) * take[h]);
+                store(at, fused(load(at), all(keep[h]), load(later + h * width + i) * take[h]));
             }
     }
 
@@ -388,7 +388,7 @@ struct Prefill {
         F16 keep = exponential(all(o.most[r] - most)), sums = {};
         for (i64 i = 0; i < columns; i += LANES) {
             F16 weight = {};
-            if (i < visible) weight = exponential(load(scores + i) * float(scale) - most);
+            if (i < visible) weight = exponential(fused(load(scores + i), all(float(scale)), all(-most)));
             sums += weight;
             weights.put_lanes(r, i, weight);
         }

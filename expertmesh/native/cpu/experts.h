@@ -195,7 +195,7 @@ struct Experts {
                 float* sum = s.sums + pair / choices * down.rows + output;
                 F16 weight = all(weights[pair]);
                 by_lanes(outputs, [&](i64 j, int lanes) {
-                    store(sum + j, load(sum + j, lanes) + weight * load(y + j), lanes);
+                    store(sum + j, fused(weight, load(y + j), load(sum + j, lanes)), lanes);
                 });
             });
         }

@@ -30,7 +30,7 @@ struct Router {
             for (int e = 0; e < E; ++e) w[e] = load(weight + (expert + e) * width + i, lanes);
             for (int r = 0; r < R; ++r) {
                 F16 v = load(s.wide + (row + r) * width + i, lanes);
-                for (int e = 0; e < E; ++e) sums[r][e] += v * w[e];
+                for (int e = 0; e < E; ++e) sums[r][e] = fused(v, w[e], sums[r][e]);
             }
         });
         for (int r = 0; r < R; ++r)

@@ -130,7 +130,7 @@ template <int R, int NB> INLINE void bfloat16(
             for (int r = 0; r < R; ++r) {
                 const bf16* pair = reinterpret_cast<const bf16*>(x + c * step + r * CHUNK + k * 4);
                 F16 first = all(widen(pair[0])), second = all(widen(pair[1]));
-                for (int b = 0; b < NB; ++b) sums[r][b] += first * even[b] + second * odd[b];
+                for (int b = 0; b < NB; ++b) sums[r][b] = fused(first, even[b], fused(second, odd[b], sums[r][b]));
             }
         }
     for (int r = 0; r < R; ++r)
@@ -529,9 +529,9 @@ inline void grouped_product(
         for (i64 b = 0; b < blocks; ++b) {
             F16 scale = load(w.scale + ((block + b) * w.groups() + group) * LANES);
             for (i64 r = 0; r < rows; ++r) {
-                F16 sum = load(sums + r * near + b * LANES) * scale;
+                F16 sum = load(sums + r * near + b * LANES);
                 float* at = out + r * ld + b * LANES;
-                store(at, group ? load(at) + sum : sum);
+                store(at, fused(sum, scale, group ? load(at) : F16{}));
             }
         }
     }

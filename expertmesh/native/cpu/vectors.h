@@ -21,6 +21,29 @@ INLINE void store(float* p, F16 x) { *reinterpret_cast<F16*>(p) = x; }
 INLINE F16 widen(H16 x) { return (F16)(__builtin_convertvector(x, U16) << 16); }
 INLINE F16 load(const bf16* p) { return widen(*reinterpret_cast<const H16*>(p)); }
 
+// a * b + c, rounded once where the processor does that. Compilers may not decide it (-ffp-contract=off): they do so anew
+// wherever code is inlined, and results would depend on the path to them.
+INLINE F16 fused(F16 a, F16 b, F16 c) {
+#if defined(__AVX512F__)
+    return (F16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    typedef __m256 Halves[2];
+    Halves x, y, z;
+    memcpy(x, &a, 64), memcpy(y, &b, 64), memcpy(z, &c, 64);
+    for (int i = 0; i < 2; ++i) z[i] = _mm256_fmadd_ps(x[i], y[i], z[i]);
+    memcpy(&c, z, 64);
+    return c;
+#elif defined(__ARM_FEATURE_FMA)
+    float32x4_t x[4], y[4], z[4];
+    memcpy(x, &a, 64), memcpy(y, &b, 64), memcpy(z, &c, 64);
+    for (int i = 0; i < 4; ++i) z[i] = vfmaq_f32(z[i], x[i], y[i]);
+    memcpy(&c, z, 64);
+    return c;
+#else
+    return a * b + c;
+#endif
+}
+
 // To the nearest, ties to even.
 INLINE H16 narrow(F16 x) {
 #if defined(__AVX512BF16__)
@@ -77,16 +100,14 @@ INLINE F16 exponential(F16 x) {
     F16 top = all(88.72284f), low = all(-87.33655f);
     F16 in = x > top ? top : (x < low ? low : x);
     // The sum has no room for fractions: it is rounded, and its last bits are the whole number.
-    F16 round = all(12582912.0f), shifted = in * 1.44269504088896341f + round;
+    F16 round = all(12582912.0f), shifted = fused(in, all(1.44269504088896341f), round);
     F16 back = shifted - round;
-    F16 r = in - back * 0.693359375f + back * 2.12194440e-4f;
+    F16 r = fused(back, all(-0.693359375f), in);
+    r = fused(back, all(2.12194440e-4f), r);
     F16 p = all(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
+    for (float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+        p = fused(p, r, all(next));
+    p = fused(p, r * r, r) + 1.0f;
     // In two steps, since 2^128 is no float.
     I16 whole = (I16)shifted - (I16)round, half = whole >> 1;
     F16 first = (F16)((half + 127) << 23), second = (F16)((whole - half + 127) << 23);
@@ -122,7 +143,7 @@ template <class T, class O> INLINE void convert(const T* from, i64 n, O* to) {
 // 1 / root mean square, of n numbers.
 template <class T> inline float inverse_rms(const T* x, i64 n, float eps) {
     F16 squares = {};
-    by_lanes(n, [&](i64 i, int lanes) { F16 v = load(x + i, lanes); squares += v * v; });
+    by_lanes(n, [&](i64 i, int lanes) { F16 v = load(x + i, lanes); squares = fused(v, v, squares); });
     return 1.0f / std::sqrt(sum(squares) / float(n) + eps);
 }
 
