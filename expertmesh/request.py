@@ -1,6 +1,7 @@
 """What goes through the engine: sampling parameters, a request, a batch of token rows, an output."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -118,6 +119,11 @@ class Request:
         return len(self.tokens) - self.prompt_length
 
 
+# How many rows at the end of a prompt are computed as generated ones are, so that a few rows that follow a prefix found
+# in the cache take little time.
+TAIL = 16
+
+
 @dataclass(frozen=True)
 class Slice:
     """Token rows [start, start + count) of one request, computed in one step."""
@@ -127,6 +133,17 @@ class Slice:
     count: int
 
     @property
+    def tail(self) -> int:
+        """How many of its rows, the last ones, attend over latents as they are, and not over keys expanded from them.
+        What a row does depends on its place in the request alone, so that its bits are the same in any step."""
+        begin = self.request.prompt_length - TAIL
+        return max(0, min(self.count, self.start + self.count - begin))
+
+    @property
+    def decodes(self) -> bool:
+        return self.count == self.tail == 1
+
+    @property
     def samples(self) -> bool:
         """Whether the last row is the last known token, so that the next one is chosen."""
         return self.start + self.count == len(self.request.tokens)
@@ -134,9 +151,13 @@ class Slice:
 
 @dataclass(frozen=True)
 class Batch:
-    """The token rows of one step, slices of one row first (decoding), then the longer ones."""
+    """The token rows of one step, those that decode first."""
 
     slices: tuple[Slice, ...]
+
+    @staticmethod
+    def of(slices: Iterable[Slice]) -> "Batch":
+        return Batch(tuple(sorted(slices, key=lambda s: not s.decodes)))
 
     @property
     def rows(self) -> int:

@@ -92,7 +92,7 @@ class Planner:
 def _kind(batches: Sequence[Batch]) -> tuple[int, int]:
     """Steps of one kind take about the same time per row: half octaves of the rows, and of those that decode."""
     rows = max(batch.rows for batch in batches)
-    decoding = max(sum(s.count == 1 for s in batch.slices) for batch in batches)
+    decoding = max(sum(s.decodes for s in batch.slices) for batch in batches)
     return round(2 * math.log2(rows)) if rows else -1, round(2 * math.log2(decoding)) if decoding else -1
 
 
@@ -139,9 +139,4 @@ def cut(batch: Batch) -> tuple[Batch, Batch]:
             first.append(replace(part, count=here))
         if here < part.count:
             second.append(replace(part, start=part.start + here, count=part.count - here))
-    return _ordered(first), _ordered(second)
-
-
-def _ordered(slices: list[Slice]) -> Batch:
-    """Slices of one row first: a cut may have left one at the end."""
-    return Batch(tuple(sorted(slices, key=lambda s: s.count > 1)))
+    return Batch.of(first), Batch.of(second)

@@ -36,7 +36,7 @@ class Replay:
 
     @staticmethod
     def suits(batch: Batch) -> bool:
-        return bool(batch.slices) and all(part.count == 1 for part in batch.slices)
+        return bool(batch.slices) and all(part.decodes for part in batch.slices)
 
     def run(self, batch: Batch) -> Tensor:
         """Hidden states [T, D]; they hold until the next step."""

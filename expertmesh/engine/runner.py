@@ -98,13 +98,13 @@ class Runner:
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
-        decoding = [s for s in batch.slices if s.count == 1]
+        decoding = [s for s in batch.slices if s.decodes]
         prefills = []
         for part in batch.slices:
             pages, end = part.request.pages, part.start + part.count
-            if part.count > 1:
+            if not part.decodes:
                 used = self._ints(pages[: -(-end // size)])
-                prefills.append(Prefill(len(tokens), part.count, end, used))
+                prefills.append(Prefill(len(tokens), part.count, end, used, part.tail))
             tokens += part.request.tokens[part.start : end]
             positions += range(part.start, end)
             slots += [pages[p // size] * size + p % size for p in range(part.start, end)]

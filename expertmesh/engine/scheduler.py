@@ -95,8 +95,7 @@ class Scheduler:
             count = min(len(request.tokens) - request.computed, self.chunk, budget)
             counts[request] = count
             budget -= count
-        slices = [Slice(request, request.computed, count) for request, count in counts.items()]
-        return Batch(tuple(sorted(slices, key=lambda s: s.count > 1)))
+        return Batch.of(Slice(request, request.computed, count) for request, count in counts.items())
 
     def update(self, batch: Batch, sampled: dict[str, Sampled]) -> list[Request]:
         """Enter the results of a step. Returns the requests that got a token or ended."""

@@ -282,16 +282,17 @@ class Cpu:
         out = self._empty(rows.decoding + queries.plain.shape[0], kv_b.heads * value_dim)
         if rows.decoding:
             self._decode(queries.absorbed, rows.pages_BM, rows.lengths_B, cache, kv_b, scale, out)
-        for p in rows.prefills:
-            first = p.first - rows.decoding
-            q, to = queries.plain[first : first + p.count], out[p.first : p.first + p.count]
-            if _absorbing_pays(p, kv_b):
-                self._extend(q, p, cache, kv_b, scale, to)
-                continue
-            self._do(
-                "prefill", q.data_ptr(), p.count, p.length, p.pages_M.data_ptr(), *_where(cache), _real(scale),
-                *kv_b.keys.words, *kv_b.values.words, to.data_ptr(),
-            )  # fmt: skip
+        for prefill in rows.prefills:
+            p, tail = prefill.without_tail(), prefill.only_tail()
+            if p.count:
+                q, to = queries.plain[p.first - rows.decoding :], out[p.first :]
+                self._do(
+                    "prefill", q.data_ptr(), p.count, p.length, p.pages_M.data_ptr(), *_where(cache), _real(scale),
+                    *kv_b.keys.words, *kv_b.values.words, to.data_ptr(),
+                )  # fmt: skip
+            if tail.count:
+                q = queries.plain[tail.first - rows.decoding :][: tail.count]
+                self._extend(q, tail, cache, kv_b, scale, out[tail.first :])
         return out
 
     def _decode(
@@ -306,21 +307,12 @@ class Cpu:
     def _extend(
         self, q: Tensor, prefill: Prefill, cache: Tensor, kv_b: PackedLatentUp, scale: float, out: Tensor
     ) -> None:
-        """A few rows after many known tokens attend as if each were decoding."""
+        """Each row attends as if it were decoding."""
         count, heads, plain = q.shape
         absorbed = self._empty(count, heads, kv_b.keys.rows + plain - kv_b.nope)
         self._do("absorb", q.data_ptr(), count, plain, *kv_b.keys.words, absorbed.data_ptr())
         lengths = torch.arange(prefill.length - count + 1, prefill.length + 1)
         self._decode(absorbed, prefill.pages_M.expand(count, -1), lengths, cache, kv_b, scale, out)
-
-
-def _absorbing_pays(prefill: Prefill, kv_b: PackedLatentUp) -> bool:
-    """Whether attending over latents costs fewer multiplications per head than expanding them first. A function of the
-    sequence alone, since the two differ in the last bits."""
-    latent, pairs = kv_b.keys.rows, prefill.count * prefill.length
-    absorbed = pairs * 2 * latent + prefill.count * latent * (kv_b.nope + kv_b.value)
-    expanded = pairs * (kv_b.nope + kv_b.value) + prefill.length * latent * (kv_b.nope + kv_b.value)
-    return absorbed < expanded
 
 
 def _where(cache: Tensor) -> tuple[int, int, int]:

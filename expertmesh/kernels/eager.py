@@ -60,8 +60,8 @@ def mla_down(
 def mla_attention(
     queries: Queries, rows: AttentionRows, cache: Tensor, kv_b: Tensor, scale: float, value_dim: int
 ) -> Tensor:
-    """Absorbed for short queries, so that the latents are attended over as they are; expanded for long ones, where
-    the cost of expanding the latents once is spread over many rows."""
+    """Absorbed for rows that decode, so that the latents are attended over as they are; expanded for the many of a
+    prompt, which the cost of expanding the latents once is spread over."""
     plain, latent = queries.plain, kv_b.shape[-1]
     heads, nope = plain.shape[1], plain.shape[2] - (cache.shape[-1] - latent)
     q_THN, q_THP = plain[..., :nope], plain[..., nope:]
@@ -75,27 +75,22 @@ def mla_attention(
         later = torch.arange(known.shape[1], device=cache.device) >= rows.lengths_B[:, None]
         parts.append(attend_latents(query, known, later[:, None], w_uv, scale))
     for prefill in rows.prefills:
-        span = slice(prefill.first, prefill.first + prefill.count)
         known = cache[prefill.pages_M].flatten(0, 1)[: prefill.length]
-        if _absorbing_pays(prefill, nope, value_dim, cache.shape[-1], w_uk.shape[-1]):
+        p, tail = prefill.without_tail(), prefill.only_tail()
+        if p.count:
+            span = slice(p.first, p.first + p.count)
+            parts.append(_attend_expanded(q_THN[span], q_THP[span], known[: p.length], p, kv_b, scale))
+        if tail.count:
             # [q, H, X] -> [1, q * H, X]: all heads of all rows attend over the same latents.
+            span = slice(tail.first, tail.first + tail.count)
             query = absorb(q_THN[span], q_THP[span], w_uk)
-            later = _later(prefill, cache.device).repeat_interleave(heads, 0)
-            out = attend_latents(query.view(1, -1, query.shape[-1]), known[None], later[None], w_uv, scale)
-            parts.append(out)
-        else:
-            parts.append(_attend_expanded(q_THN[span], q_THP[span], known, prefill, kv_b, scale))
+            later = _later(tail, cache.device).repeat_interleave(heads, 0)
+            parts.append(
+                attend_latents(query.view(1, -1, query.shape[-1]), known[None], later[None], w_uv, scale)
+            )
     if not parts:  # a rank without rows steps with the others
         return q_THN.new_empty(0, heads * value_dim)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _absorbing_pays(prefill: Prefill, nope: int, value: int, cached: int, latent: int) -> bool:
-    """Whether attending over latents costs fewer multiplications per head than expanding them first."""
-    pairs = prefill.count * prefill.length
-    absorbed = pairs * (cached + latent) + prefill.count * latent * (nope + value)
-    expanded = pairs * (cached - latent + nope + value) + prefill.length * latent * (nope + value)
-    return absorbed < expanded
 
 
 def absorb(q_THN: Tensor, q_THP: Tensor, w_uk: Tensor) -> Tensor:

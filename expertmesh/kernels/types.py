@@ -1,7 +1,7 @@
 """What ops take besides tensors."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -63,12 +63,20 @@ class Queries:
 @dataclass(frozen=True)
 class Prefill:
     """One sequence with several rows in this step: rows [first, first + count) of the step are its last `count`
-    known tokens; pages_M are its pages, which hold `length` tokens once this step's are written."""
+    known tokens; pages_M are its pages, which hold `length` tokens once this step's are written. The last `tail` rows
+    attend over latents with absorbed queries, the others over keys and values expanded from them."""
 
     first: int
     count: int
     length: int
     pages_M: Tensor
+    tail: int = 0
+
+    def without_tail(self) -> "Prefill":
+        return replace(self, count=self.count - self.tail, length=self.length - self.tail, tail=0)
+
+    def only_tail(self) -> "Prefill":
+        return replace(self, first=self.first + self.count - self.tail, count=self.tail)
 
 
 @dataclass(frozen=True)
