@@ -14,6 +14,7 @@ COMMANDS = {
     "demo": "let the demo model write in each of its domains",
     "bench": "measure speed, memory, traffic and balance",
     "memory": "static memory of a rank by kind, for one layout or several",
+    "plan": "predict memory, throughput and latency of deployments",
     "balance": "place experts on cards by recorded loads",
     "emulate": "run a command on a cluster of machines emulated on this one",
     "doctor": "show devices, kernels, compiler and network",

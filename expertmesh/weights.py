@@ -6,6 +6,7 @@ The loader reads by this description, and whoever counts memory counts it here: 
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Literal
 
@@ -191,24 +192,46 @@ class Shard:
         return range(self.tp_rank * share, (self.tp_rank + 1) * share)
 
 
-def static_bytes(config: ModelConfig, dtype: str, shard: Shard, quantise: str = "none") -> Counter[str]:
+def static_bytes(
+    config: ModelConfig,
+    dtype: str,
+    shard: Shard,
+    quantise: str | Precision = "none",
+    drafting: bool = False,
+) -> Counter[str]:
     """Bytes of the weights that one rank holds, by kind, computed in `dtype`: the formula of the engine's own memory.
 
-    Routers are kept in float32, FP8 blocks are expanded unless they are to be kept, MTP layers are not loaded. A slot
-    without an expert takes as much as one with. Of matrices that are not quantised, what the CPU's own kernels fill up
-    where sizes do not divide is left out.
+    Routers are kept in float32, FP8 blocks are expanded unless they are to be kept. A slot without an expert takes as
+    much as one with. Of matrices that are not quantised, what the CPU's own kernels fill up where sizes do not divide
+    is left out. drafting: with the MTP layers, which this engine does not load, as kind "mtp"; they use the main
+    model's embedding and head.
     """
-    precision = Precision.of(quantise)
+    precision = Precision.of(quantise) if isinstance(quantise, str) else quantise
     counts: Counter[str] = Counter()
-    for weight in describe(config):
-        layer = weight.layer
-        if weight.name.endswith("_scale_inv") or (layer is not None and layer >= config.num_hidden_layers):
+    for weight in _sizes(config):
+        layer = weight.layer or 0
+        drafts = layer >= config.num_hidden_layers
+        if drafts and not drafting:
             continue
         size = _bytes(weight, dtype, shard.tp_size, precision)
         if weight.kind == "routed":  # all experts are of one size
-            size = size * len(shard.slots[layer or 0]) if weight.expert == 0 else 0
-        counts[weight.kind] += size
+            size *= len(shard.slots[layer])
+        counts["mtp" if drafts else weight.kind] += size
     return counts
+
+
+@lru_cache
+def _sizes(config: ModelConfig) -> tuple[Weight, ...]:
+    """What takes memory: without scales of blocks, which are part of a format, with one routed expert of each layer,
+    and without an MTP layer's copies of embedding and head."""
+    copies = ("embed_tokens.weight", "shared_head.head.weight")
+    return tuple(
+        w
+        for w in describe(config)
+        if not w.name.endswith("_scale_inv")
+        and w.expert in (None, 0)
+        and not (w.kind == "mtp" and w.name.endswith(copies))
+    )
 
 
 def _bytes(weight: Weight, dtype: str, tp_size: int, precision: Precision) -> int:

@@ -29,7 +29,7 @@ PLANNING = [
     "weights",
 ]
 WITHOUT_TORCH = [f"expertmesh.{name}" for name in PLANNING]
-WITHOUT_TORCH += [name for name in SOURCES if name.startswith("expertmesh.mesh.")]
+WITHOUT_TORCH += [name for name in SOURCES if name.startswith(("expertmesh.mesh.", "expertmesh.planner."))]
 ENVIRONMENT = ("os.environ", "os.environb", "os.getenv", "os.getenvb", "os.putenv", "os.unsetenv")
 EXECUTION = (
     "eval", "exec", "builtins", "pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve",

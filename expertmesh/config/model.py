@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,7 +110,7 @@ class ModelConfig:
             and layer % self.moe_layer_freq == 0
         )
 
-    @property
+    @cached_property
     def moe_layers(self) -> tuple[int, ...]:
         """Layers of the main model that have routed experts."""
         return tuple(i for i in range(self.num_hidden_layers) if self.is_moe(i))

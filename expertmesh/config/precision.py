@@ -12,12 +12,13 @@ LANES, CHUNK_BYTES = 16, 64
 @dataclass(frozen=True)
 class Format:
     """How numbers are kept. code: of `native/cpu/product.h`; per_chunk: numbers in a chunk of an output; group: how
-    many numbers of an output share a scale, 0 for all of them."""
+    many numbers of an output share a scale of scale_bytes, 0 for all of them."""
 
     name: str
     code: int
     per_chunk: int
     group: int | None = None
+    scale_bytes: int = 4
 
     def part_bytes(self, rows: int, columns: int) -> tuple[int, int, int]:
         """Of the numbers of a matrix, of their scales, and of the sums that products of whole numbers need."""
@@ -27,7 +28,7 @@ class Format:
             return numbers, 0, 0
         if self.group == 0:
             return numbers, blocks * LANES * 4, blocks * LANES * 4
-        return numbers, blocks * -(-columns // self.group) * LANES * 4, 0
+        return numbers, blocks * -(-columns // self.group) * LANES * self.scale_bytes, 0
 
 
 # What is not quantised: the type that is computed in.

@@ -12,10 +12,11 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+import expertmesh
 from expertmesh.config import ModelConfig
 from expertmesh.weights import DTYPE_BYTES, Weight, describe
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(expertmesh.__file__).parent / "planner" / "models"
 FORMAT_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float8_e4m3fn": "F8_E4M3"}
 FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 

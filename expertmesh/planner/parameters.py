@@ -1,0 +1,56 @@
+"""The few numbers of the cost model that are fitted, not published."""
+
+import tomllib
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+
+from expertmesh.planner.facts import folder
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What each is, its unit and its bounds: parameters.toml."""
+
+    memory_efficiency: float
+    matmul_efficiency: float
+    attention_efficiency: float
+    tile_rows: float
+    layer_kernels: float
+    passes: float
+    decode_passes: float
+    link_efficiency: float
+    overlap_cost: float
+    collective_us: float
+    collective_across_us: float
+    step_us: float
+    request_us: float
+    skew: float
+    skew_left: float
+    filling: float
+
+
+@dataclass(frozen=True)
+class Bounds:
+    prior: float
+    width: float
+    low: float
+    high: float
+    unit: str
+    meaning: str
+
+
+def parameters_file() -> Path:
+    return folder("parameters.toml")
+
+
+@lru_cache
+def parameters() -> Parameters:
+    """The fitted ones."""
+    table = tomllib.loads(parameters_file().read_text(encoding="utf-8"))
+    return Parameters(**{f.name: float(table[f.name]["value"]) for f in fields(Parameters)})
+
+
+def bounds() -> dict[str, Bounds]:
+    table = tomllib.loads(parameters_file().read_text(encoding="utf-8"))
+    return {name: Bounds(**{k: t[k] for k in Bounds.__dataclass_fields__}) for name, t in table.items()}
