@@ -11,7 +11,7 @@ from math import prod
 from typing import Literal
 
 from expertmesh.config import ModelConfig
-from expertmesh.config.precision import PLAIN, MatrixKind, Precision
+from expertmesh.config.precision import PLAIN, Format, MatrixKind, Precision
 from expertmesh.errors import InputError
 from expertmesh.mesh.placement import Placement
 from expertmesh.mesh.topology import Topology
@@ -48,6 +48,11 @@ class Weight:
         if "kv_b_proj" in self.name:
             return None
         return "experts" if self.kind == "routed" else "linear"
+
+    @property
+    def is_product(self) -> bool:
+        """Whether rows are multiplied with it in the model's type: kernels may keep it in an order of their own."""
+        return self.matrix_kind is not None or self.name.endswith(("kv_b_proj.weight", "lm_head.weight"))
 
 
 def describe(config: ModelConfig) -> list[Weight]:
@@ -198,13 +203,14 @@ def static_bytes(
     shard: Shard,
     quantise: str | Precision = "none",
     drafting: bool = False,
+    packed: bool = False,
 ) -> Counter[str]:
     """Bytes of the weights that one rank holds, by kind, computed in `dtype`: the formula of the engine's own memory.
 
     Routers are kept in float32, FP8 blocks are expanded unless they are to be kept. A slot without an expert takes as
-    much as one with. Of matrices that are not quantised, what the CPU's own kernels fill up where sizes do not divide
-    is left out. drafting: with the MTP layers, which this engine does not load, as kind "mtp"; they use the main
-    model's embedding and head.
+    much as one with. drafting: with the MTP layers, which this engine does not load, as kind "mtp"; they use the main
+    model's embedding and head. packed: in the order of the CPU's own kernels, which fills up what does not divide;
+    quantised matrices always are.
     """
     precision = Precision.of(quantise) if isinstance(quantise, str) else quantise
     counts: Counter[str] = Counter()
@@ -213,7 +219,7 @@ def static_bytes(
         drafts = layer >= config.num_hidden_layers
         if drafts and not drafting:
             continue
-        size = _bytes(weight, dtype, shard.tp_size, precision)
+        size = _bytes(config, weight, dtype, shard.tp_size, precision, packed)
         if weight.kind == "routed":  # all experts are of one size
             size *= len(shard.slots[layer])
         counts["mtp" if drafts else weight.kind] += size
@@ -234,15 +240,35 @@ def _sizes(config: ModelConfig) -> tuple[Weight, ...]:
     )
 
 
-def _bytes(weight: Weight, dtype: str, tp_size: int, precision: Precision) -> int:
+def _bytes(
+    c: ModelConfig, weight: Weight, dtype: str, tp_size: int, precision: Precision, packed: bool
+) -> int:
     """Of one rank's part of a tensor."""
     shape = [n // tp_size if axis == weight.split else n for axis, n in enumerate(weight.shape)]
     format = PLAIN
     if weight.matrix_kind is not None:
         format = precision.format(weight.matrix_kind, shape[1], weight.split == 1 and tp_size > 1)
-    if format is not PLAIN:
-        return sum(format.part_bytes(*shape))
+    if format is not PLAIN or (packed and weight.is_product):
+        return _packed_bytes(c, weight, shape[0], shape[1], format)
     return prod(shape) * (4 if weight.kind == "router" else DTYPE_BYTES[dtype])
+
+
+def _packed_bytes(c: ModelConfig, weight: Weight, rows: int, columns: int, format: Format) -> int:
+    """As the model's modules pack it: heads apart from each other, the down-projections of attention as one matrix."""
+
+    def size(rows: int, columns: int) -> int:
+        return sum(format.part_bytes(rows, columns))
+
+    name = weight.name.rpartition(".")[0].rpartition(".")[2]
+    if name in ("q_proj", "q_b_proj"):
+        return rows // c.qk_head_dim * size(c.qk_head_dim, columns)
+    if name == "kv_b_proj":  # keys turned over, for queries to be multiplied with
+        heads = rows // (c.qk_nope_head_dim + c.v_head_dim)
+        return heads * (size(columns, c.qk_nope_head_dim) + size(c.v_head_dim, columns))
+    if name == "kv_a_proj_with_mqa":  # begins where q_a ends
+        above = c.q_lora_rank or 0
+        return size(above + rows, columns) - size(above, columns)
+    return size(rows, columns)
 
 
 def moves_experts(config: ModelConfig, topology: Topology, rebalance: str) -> bool:

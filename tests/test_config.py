@@ -13,6 +13,7 @@ from transformers import DeepseekV2Config, DeepseekV3Config
 
 from expertmesh import EngineConfig, InputError, ModelConfig
 from expertmesh.config import Yarn, cache_bytes_per_token
+from expertmesh.config.engine import parse_size
 from expertmesh.kernels.types import rotary_table
 from tests.support.files import CONFIGS, FP8, TINY, official_config
 from tests.support.oracle import turns
@@ -246,6 +247,40 @@ def test_cache_takes_at_most_half_of_what_is_free_and_a_gigabyte() -> None:
 def test_context_is_no_longer_than_the_cache() -> None:
     resolved = EngineConfig(cache_tokens=50, page_size=16).resolve(MODEL, 1 << 30)
     assert (resolved.cache_tokens, resolved.max_context) == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("64GB", 64 * 10**9), ("512MiB", 512 << 20), ("1.5 kb", 1500), ("7", 7), ("7B", 7), ("2t", 2 * 10**12)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size("memory_per_rank", text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "0", "0.1", "-1", "1e9", "64i", "64 GB each", "1" * 16])
+def test_text_that_is_no_size(text: Any) -> None:
+    with pytest.raises(InputError, match=r"memory_per_rank is .*, not a size like 64GB, 512MiB or 1000000"):
+        EngineConfig(memory_per_rank=text)
+
+
+@given(weights=st.integers(0, 10**9), more=st.integers(0, 10**7), page=st.integers(1, 100))
+def test_the_cache_takes_what_the_weights_leave(weights: int, more: int, page: int) -> None:
+    each = cache_bytes_per_token(MODEL, "float32") * page
+    config = EngineConfig(memory_per_rank=str(weights + each + more), page_size=page).within(MODEL, weights)
+    assert config.memory_per_rank is None and config.cache_tokens is not None
+    assert config.cache_tokens % page == 0
+    assert 0 <= each + more - config.cache_tokens // page * each < each
+
+
+def test_memory_that_leaves_no_room_for_a_page() -> None:
+    each = cache_bytes_per_token(MODEL, "float32") * 32
+    with pytest.raises(
+        InputError, match=f"the weights of a rank take 1000 bytes and a page of the cache {each}"
+    ):
+        EngineConfig(memory_per_rank=str(999 + each)).within(MODEL, 1000)
+    with pytest.raises(InputError, match="memory_per_rank settles cache_tokens; give one or the other"):
+        EngineConfig(memory_per_rank="1GB", cache_tokens=7)
+    assert EngineConfig(cache_tokens=7).within(MODEL, 1000) == EngineConfig(cache_tokens=7)
 
 
 def test_context_beyond_the_model_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,23 +28,33 @@ def bench_transport(ranks: int, rounds: int) -> dict[str, Any]:
     """Seconds of one exchange, by size and kind, medians over rounds in which the kinds take turns, and how many times
     faster than gloo. in place: parts that were written where others read them, as the engine's exchange does it;
     copied: parts that lay elsewhere. InputError where the memory is too small."""
+    found = exchange_seconds(ranks, SIZES, rounds, KINDS)
+    seconds = {str(size): kinds for size, kinds in found.items()}
+    times = {size: {k: s["gloo"] / s[k] for k in KINDS if k != "gloo"} for size, s in seconds.items()}
+    return {"ranks": ranks, "rounds": rounds, "seconds": seconds, "times_faster_than_gloo": times}
+
+
+def exchange_seconds(
+    ranks: int,
+    sizes: Sequence[int],
+    rounds: int,
+    kinds: Sequence[str] = ("in place", "copied"),
+    of: Callable[[Sequence[float]], float] = statistics.median,
+) -> dict[int, dict[str, float]]:
+    """Seconds of one exchange of parts of each size, by kind. of: what is taken of all rounds. InputError where the
+    memory is too small."""
     check_memory(ranks)
     specs = [{"rank": rank, "ranks": ranks} for rank in range(ranks)]
-    found: dict[int, dict[str, list[float]]] = {size: {kind: [] for kind in KINDS} for size in SIZES}
+    found: dict[int, dict[str, list[float]]] = {size: {kind: [] for kind in kinds} for size in sizes}
     with assembled(Here(PRELOAD), PROGRAM, specs, Topology(1, ranks, 1), TIMEOUT) as crew:
-        for size in SIZES:
+        for size in sizes:
             for _ in range(rounds):
-                for kind in KINDS:
+                for kind in kinds:
                     answers = crew.ask(
                         [{"do": "measure", "kind": kind, "size": size}] * ranks, f"{size} bytes, {kind}"
                     )
                     found[size][kind].append(max(answers))
-    seconds = {
-        str(size): {kind: statistics.median(taken) for kind, taken in kinds.items()}
-        for size, kinds in found.items()
-    }
-    times = {size: {k: s["gloo"] / s[k] for k in KINDS if k != "gloo"} for size, s in seconds.items()}
-    return {"ranks": ranks, "rounds": rounds, "seconds": seconds, "times_faster_than_gloo": times}
+    return {size: {kind: of(taken) for kind, taken in kinds_.items()} for size, kinds_ in found.items()}
 
 
 def check_memory(ranks: int) -> None:

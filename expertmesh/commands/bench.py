@@ -7,6 +7,7 @@ from expertmesh.commands.bench_balance import add_balance, add_rebalance
 from expertmesh.commands.bench_cluster import add_exchange, add_overlap, add_transport
 from expertmesh.commands.bench_engine import add_engine
 from expertmesh.commands.bench_kernels import add_kernels
+from expertmesh.commands.bench_planning import add_machine, add_planner, add_scale
 from expertmesh.commands.bench_precision import add_precision_bench
 
 
@@ -20,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_exchange(subparsers)
     add_overlap(subparsers)
     add_transport(subparsers)
+    add_scale(subparsers)
+    add_machine(subparsers)
+    add_planner(subparsers)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from expertmesh.bench.kernels import COLD, PRECISIONS, Ceilings, bench, median
 from expertmesh.bench.ops import OPS, Setting
 from expertmesh.engine.checkpoint import free_memory
 from expertmesh.errors import InputError
+from expertmesh.kernels.cpu import Cpu
 from expertmesh.kernels.table import kernels_of, native
 from expertmesh.native import NotBuilt
 
@@ -49,16 +50,10 @@ def bench_kernels(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError("--rounds must be at least 1")
     if args.threads < 0:
         raise InputError("--threads must be at least 1")
-    if (free := free_memory()) < NEEDS and COLD >= 1 << 30:
-        raise InputError(
-            f"measuring needs {NEEDS / 1e9:.0f} GB of memory, and {free / 1e9:.1f} GB are free here"
-        )
+    check_kernel_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
-    try:
-        graph = native()
-    except NotBuilt as error:
-        raise InputError(f"there are no kernels to measure: {error}") from None
+    graph = own_kernels()
     setting = Setting(kernels_of(graph), precisions, COLD, args.quick, args.compile)
     cases = (case for op in ops for case in OPS[op](setting))
     found = bench(cases, Ceilings(graph, COLD), args.rounds)
@@ -71,6 +66,22 @@ def bench_kernels(args: argparse.Namespace) -> dict[str, Any]:
         "ceilings": ceilings,
         "rows": rows,
     }
+
+
+def check_kernel_memory() -> None:
+    """InputError where it is too small to measure without caches."""
+    if (free := free_memory()) < NEEDS and COLD >= 1 << 30:
+        raise InputError(
+            f"measuring needs {NEEDS / 1e9:.0f} GB of memory, and {free / 1e9:.1f} GB are free here"
+        )
+
+
+def own_kernels() -> Cpu:
+    """InputError where there are none."""
+    try:
+        return native()
+    except NotBuilt as error:
+        raise InputError(f"there are no kernels to measure: {error}") from None
 
 
 def _table(report: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import faulthandler
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -161,6 +162,12 @@ def given_cluster(args: argparse.Namespace) -> dict[str, Any]:
 def given_topology(args: argparse.Namespace) -> Topology:
     named = {"nodes": args.nodes, "cards_per_node": args.cards, "attention_tp": args.attention_tp}
     return Topology(**{name: value for name, value in named.items() if value is not None})
+
+
+def parse_layout(text: str) -> Topology:
+    if not re.fullmatch(r"\d+x\d+(x\d+)?", text):
+        raise InputError(f"--layout {text!r}: not of the form 8x8 or 8x8x2 (nodes x cards x attention TP)")
+    return Topology(*map(int, text.split("x")))
 
 
 def say(line: str) -> None:

@@ -2,11 +2,10 @@
 
 import argparse
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-from expertmesh.commands.cluster import TOPOLOGY_OPTIONS, given_topology
+from expertmesh.commands.cluster import TOPOLOGY_OPTIONS, given_topology, parse_layout
 from expertmesh.commands.options import add_options, add_precision
 from expertmesh.config import EngineConfig, ModelConfig, cache_bytes_per_token
 from expertmesh.errors import InputError
@@ -44,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(
             "--layout takes the place of --nodes, --cards and --attention-tp; give one or the other"
         )
-    topologies = [_parse(text) for text in args.layout or ()] or [given_topology(args)]
+    topologies = [parse_layout(text) for text in args.layout or ()] or [given_topology(args)]
     layouts = [_examine(model, dtype, topology, config) for topology in topologies]
     report = {
         "model": folder.resolve().name,
@@ -55,12 +54,6 @@ def run(args: argparse.Namespace) -> int:
     }
     print(json.dumps(report) if args.json else _table(report))
     return 0
-
-
-def _parse(text: str) -> Topology:
-    if not re.fullmatch(r"\d+x\d+(x\d+)?", text):
-        raise InputError(f"--layout {text!r}: not of the form 8x8 or 8x8x2 (nodes x cards x attention TP)")
-    return Topology(*map(int, text.split("x")))
 
 
 def _examine(model: ModelConfig, dtype: str, topology: Topology, config: EngineConfig) -> dict[str, Any]:

@@ -22,6 +22,11 @@ ENGINE_OPTIONS = (
     ("chunk", int, "most prompt tokens of one request in one step"),
     ("page_size", int, "tokens in a page of the latent cache"),
     ("cache_tokens", int, "tokens that the latent cache holds"),
+    (
+        "memory_per_rank",
+        str,
+        "of weights and cache, such as 64GB or 512MiB: the cache takes what weights leave",
+    ),
 )
 SAMPLING_OPTIONS = (
     ("max_tokens", int, "most tokens to generate"),

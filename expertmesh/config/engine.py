@@ -9,6 +9,7 @@ from expertmesh.errors import InputError
 
 LONGEST = 86_400  # seconds
 EVERY = r"every=([1-9][0-9]{0,8})"
+PREFIXES = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class EngineConfig:
     chunk: most prompt tokens of one request in one step (chunked prefill); None for no limit but the step's.
     page_size: tokens in one page of the latent cache.
     cache_tokens: tokens that the latent cache holds in all.
+    memory_per_rank: what a rank may hold of weights and cache together, such as "64GB" or "512MiB": the cache then
+    takes all that the weights leave, which settles cache_tokens.
     prefix_cache: whether requests share the pages of equal beginnings.
     strict: refuse to start where an op would run on its reference.
     Of several ranks: ranks: "threads" of this process, which share weights and start at once, or "processes", of this
@@ -46,6 +49,7 @@ class EngineConfig:
     chunk: int | None = None
     page_size: int = 32
     cache_tokens: int | None = None
+    memory_per_rank: str | None = None
     prefix_cache: bool = True
     strict: bool = False
     ranks: str = "threads"
@@ -86,6 +90,10 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise InputError(f"{name} is {value!r}, but must be a whole number of at least 1")
+        if self.memory_per_rank is not None:
+            parse_size("memory_per_rank", self.memory_per_rank)
+            if self.cache_tokens is not None:
+                raise InputError("memory_per_rank settles cache_tokens; give one or the other")
         if self.max_batch_tokens < self.max_batch_requests:
             raise InputError(
                 f"max_batch_tokens {self.max_batch_tokens} is less than max_batch_requests "
@@ -108,6 +116,21 @@ class EngineConfig:
             raise InputError(
                 "quantise fp8 keeps FP8 blocks of 128 x 128 as a checkpoint has them, and this one has none"
             )
+
+    def within(self, model: ModelConfig, weights: int) -> "EngineConfig":
+        """With a cache of all that the weights, bytes of a rank, leave of memory_per_rank; the same where there is no
+        such limit. InputError where they leave too little for a page."""
+        if self.memory_per_rank is None:
+            return self
+        limit = parse_size("memory_per_rank", self.memory_per_rank)
+        per_page = cache_bytes_per_token(model, self.dtype_of(model)) * self.page_size
+        if limit < weights + per_page:
+            raise InputError(
+                f"memory_per_rank {self.memory_per_rank} is too little: the weights of a rank take {weights} bytes and "
+                f"a page of the cache {per_page}; allow more, or take more ranks"
+            )
+        pages = (limit - weights) // per_page
+        return replace(self, memory_per_rank=None, cache_tokens=pages * self.page_size)
 
     def resolve(self, model: ModelConfig, free_bytes: int, ranks: int = 1) -> "EngineConfig":
         """Fill in what is open. free_bytes: memory left for the caches of `ranks` ranks once the weights are in
@@ -134,6 +157,15 @@ class EngineConfig:
             cache_tokens=pages * self.page_size,
             chunk=self.chunk or self.max_batch_tokens,
         )
+
+
+def parse_size(name: str, text: str) -> int:
+    """Bytes of "64GB" (10^9 bytes each), "512MiB" (2^20) or a number of bytes. InputError: it is none, or 0."""
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?(?:([kmgt])(i?)b?|b)?", str(text).strip().lower())
+    size = float(found[1]) * (1024 if found[3] else 1000) ** PREFIXES[found[2] or ""] if found else 0
+    if size < 1:
+        raise InputError(f"{name} is {text!r}, not a size like 64GB, 512MiB or 1000000")
+    return int(size)
 
 
 def cache_bytes_per_token(model: ModelConfig, dtype: str) -> int:

@@ -115,9 +115,13 @@ def resolve_memory(
     dtype = config.dtype_of(model)
     shards = shards_of(layout, config)
     config.check_precision(model)
-    kinds = static_bytes(model, dtype, shards[0], config.quantise)  # all ranks have as many slots
+    packed = kernels.graph is not None
+    kinds = static_bytes(
+        model, dtype, shards[0], config.quantise, packed=packed
+    )  # all ranks have as many slots
     if moves_experts(model, topology, config.rebalance):
-        kinds["spare"] = expert_bytes(model, dtype, config.quantise, kernels.graph is not None)
+        kinds["spare"] = expert_bytes(model, dtype, config.quantise, packed)
+    config = config.within(model, sum(kinds.values()))
     weights = sum(kinds.values()) * sharing
     if together:
         made: dict[Hashable, Made] = {}

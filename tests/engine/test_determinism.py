@@ -50,7 +50,9 @@ def test_greedy_outputs_have_the_same_bits_under_any_load(quantise: str) -> None
 
 @given(st.integers(1, 60), st.integers(0, 20), st.data())
 @settings(max_examples=50)
-def test_how_a_row_is_computed_depends_on_its_place_alone(prompt: int, more: int, data: st.DataObject) -> None:
+def test_how_a_row_is_computed_depends_on_its_place_alone(
+    prompt: int, more: int, data: st.DataObject
+) -> None:
     request = Request("r", [1] * (prompt + more), prompt, SamplingParams(), 0)
     ends = sorted(data.draw(st.sets(st.integers(1, prompt + more), max_size=9)) | {prompt + more})
     slices = [Slice(request, start, end - start) for start, end in zip([0, *ends], ends, strict=False)]

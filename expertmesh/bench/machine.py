@@ -1,0 +1,166 @@
+"""This machine as a card that the planner knows: what it reads, multiplies and sends, measured with the engine's own
+kernels, transport and exchange. The best of several rounds: what disturbs one makes it longer, and a card's figures are
+of what it can do."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from expertmesh.bench.exchange import PRELOAD, bench_exchange
+from expertmesh.bench.kernels import COLD, Ceilings, random_numbers, seconds_of
+from expertmesh.bench.transport import exchange_seconds
+from expertmesh.bench.workload import Workload
+from expertmesh.comm.local import cores
+from expertmesh.engine.checkpoint import free_memory
+from expertmesh.errors import InputError
+from expertmesh.kernels.cpu import Cpu
+from expertmesh.kernels.tape import Pool, Tape
+from expertmesh.launch.launcher import Here
+from expertmesh.planner.cards import NUMBERS, read_card
+
+SMALL, LARGE = 64, 4 << 20  # bytes of a message
+OPS = 64  # on a tape whose ops have next to nothing to do
+
+
+@dataclass(frozen=True)
+class Setting:
+    """cards: ranks that this machine is taken as, each with its share of cores and memory. across_gbs, across_us: of
+    the network to other machines, which is not measured; None: there is none. rounds: of which the best is taken."""
+
+    cards: int = 1
+    across_gbs: float | None = None
+    across_us: float | None = None
+    rounds: int = 5
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.cards <= cores():
+            raise InputError(
+                f"--cards is {self.cards}, but must be from 1 to the {cores()} cores that are here"
+            )
+        if self.rounds < 1:
+            raise InputError("--rounds must be at least 1")
+        for name in ("across_gbs", "across_us"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1e6:
+                raise InputError(f"--{name.replace('_', '-')} is {value}, but must be above 0")
+
+
+def bench_machine(setting: Setting, kernels: Cpu) -> dict[str, Any]:
+    """numbers: of a profile, each with its source (`planner.cards`); measured: what they are made of, in bytes/s,
+    operations/s and seconds."""
+    memory = free_memory()
+    with torch.inference_mode():
+        ceilings = Ceilings(kernels, COLD)
+        ceilings.measure()  # memory and threads are there now
+        found = [ceilings.measure() for _ in range(setting.rounds)]
+        launch = launch_seconds(kernels, setting.rounds)
+    link = {ranks: exchange_seconds(ranks, (SMALL, LARGE), setting.rounds, of=min) for ranks in (2, 4)}
+    measured = {
+        "memory_bytes": memory,
+        "ceilings": {name: max(each[name] for each in found) for name in found[0]},
+        "launch": launch,
+        "in_place": link[2][SMALL]["in place"],
+        "copied": link[2][LARGE]["copied"],
+        "peer": max(0.0, (link[4][SMALL]["in place"] - link[2][SMALL]["in place"]) / 2),
+        "exchange": empty_exchange(setting.rounds),
+    }
+    return {
+        "title": f"this machine, {kernels.variant.name}, {torch.get_num_threads()} threads",
+        "cards": setting.cards,
+        "threads": torch.get_num_threads(),
+        "kernels": kernels.variant.name,
+        "measured": measured,
+        "numbers": numbers(setting, measured),
+    }
+
+
+def launch_seconds(kernels: Cpu, rounds: int) -> float:
+    """Of an op on a tape, which is how a step of decoding runs: the sum of two rows."""
+    x, tape = random_numbers(1, 64), Tape(Pool())
+    with kernels.recording(tape):
+        for _ in range(OPS):
+            kernels.add(x, x)
+    kernels.replay(tape)
+    return min(seconds_of(partial(kernels.replay, tape)) for _ in range(200 * rounds)) / OPS
+
+
+def empty_exchange(rounds: int) -> dict[str, float]:
+    """Seconds of dispatch and combine of one row of a few numbers between two ranks that are processes."""
+    workload = Workload(
+        nodes=1, cards=2, tokens=1, hidden=64, experts=8, groups=1, groups_per_token=1, experts_per_token=2,
+        rounds=4 * rounds,
+    )  # fmt: skip
+    seconds: dict[str, float] = bench_exchange(workload, ["two_tier"], Here(PRELOAD))["seconds"]["two_tier"]
+    return seconds
+
+
+def numbers(setting: Setting, measured: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of the profile of one card of this machine."""
+    limits, cards = measured["ceilings"], setting.cards
+    how = f"measured {date.today()} by `expertmesh bench machine`"
+    share = "" if cards == 1 else f", a {cards}th of the machine's"
+    link = measured["copied"]
+    node = (LARGE / link / 1e9, f"{how}: {LARGE >> 20} MiB between two processes, copied once")
+    none = "not in hardware, or not used by the kernels"
+    across_gbs, across_us = setting.across_gbs or node[0], setting.across_us or 1e6 * measured["in_place"]
+    given = "given by whoever measured"
+    alone = "no network measured: as inside the machine"
+    bf16 = max(limits[name] for name in ("bf16", "torch bf16"))
+    exchange = measured["exchange"]
+    found: dict[str, tuple[float, str]] = {
+        "memory_gb": (measured["memory_bytes"] / cards / 1e9, f"free when measured{share}"),
+        "memory_gbs": (limits["read"] / cards / 1e9, f"{how}: reading 1 GiB by all threads{share}"),
+        "bf16_tflops": (
+            bf16 / cards / 1e12,
+            f"{how}: a large product, the faster of ours and torch's{share}",
+        ),
+        "fp8_tflops": (0, none),
+        "int8_tflops": (limits["w8a8"] / cards / 1e12, f"{how}: a large product in W8A8{share}"),
+        "fp4_tflops": (0, none),
+        "node_gbs": node,
+        "bulk_gbs": node,
+        "node_us": (1e6 * measured["in_place"], f"{how}: {SMALL} bytes between two processes, read in place"),
+        "across_gbs": (across_gbs, given if setting.across_gbs else alone),
+        "across_us": (across_us, given if setting.across_us else alone),
+        "cards_per_node": (cards, "given by whoever measured: ranks of this machine"),
+        "dies_per_card": (1, "a rank is a card"),
+        "domain_ranks": (cards, "ranks of this machine share its memory"),
+        "dispatch_us": (1e6 * exchange["dispatch"], f"{how}: one row between two processes"),
+        "combine_us": (1e6 * exchange["combine"], f"{how}: one row between two processes"),
+        "peer_us": (
+            1e6 * measured["peer"],
+            f"{how}: what two more processes add to a small exchange, halved",
+        ),
+        "launch_us": (1e6 * measured["launch"], f"{how}: an op on a tape that has nothing to do"),
+    }
+    return {name: {"value": _rounded(found[name][0]), "source": found[name][1]} for name in NUMBERS}
+
+
+def _rounded(value: float) -> float:
+    return value if isinstance(value, int) else float(f"{value:.4g}")
+
+
+def check_out(path: Path) -> None:
+    """InputError where no profile can be written there: before anything is measured."""
+    if path.suffix != ".toml":
+        raise InputError(f"--out {path}: a profile is a file that ends in .toml")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"--out {path}: there is no folder {path.absolute().parent}")
+
+
+def write_card(path: Path, report: Mapping[str, Any]) -> None:
+    """As a profile. InputError where it cannot be written there."""
+    lines = [f"title = {json.dumps(report['title'])}", "", "# Of one rank: GB, GB/s, dense TFLOPS, us."]
+    for name, entry in report["numbers"].items():
+        lines.append(f"{name} = {{ value = {entry['value']}, source = {json.dumps(entry['source'])} }}")
+    try:
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--out {path}: {error.strerror}") from None
+    read_card(path)

@@ -1,0 +1,233 @@
+"""Steps of the engine on this machine, beside what is predicted of them for the card that `bench machine` makes of it.
+
+Steps of decoding and of prefill over layouts, batches, contexts and precisions that run honestly here: no more ranks
+than cores. Ratios between cases are scored above all: they say whether a planner puts them in the right order, and a
+machine's own constant is in all of them.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from expertmesh.bench.steptime import Step, step_seconds, work_of
+from expertmesh.config import EngineConfig, ModelConfig, cache_bytes_per_token
+from expertmesh.engine.engine import Engine
+from expertmesh.errors import InputError
+from expertmesh.mesh.layout import Layout
+from expertmesh.mesh.topology import Topology
+from expertmesh.planner.cards import Card
+from expertmesh.request import SamplingParams
+from expertmesh.weights import Shard, static_bytes
+
+PAGE = 32
+WARM = 2  # steps of a kind before those that count: tapes are recorded, memory is touched
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step. requests: of each TP group; rows: of each of them, 1 for decoding; context: tokens of each that are
+    known when the step is through."""
+
+    folder: Path
+    topology: Topology
+    quantise: str
+    requests: int
+    rows: int
+    context: int
+
+    @property
+    def decodes(self) -> bool:
+        return self.rows == 1
+
+
+# Seconds of a step.
+Predict: TypeAlias = Callable[[Case], float]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which cases there are, for each model. batches, contexts: of decoding; prompts: tokens of one prompt in prefill.
+    turns: how often all cases of an engine are measured, one after the other; rounds: steps of each then. The fastest
+    of all counts: what disturbs one makes it longer."""
+
+    topologies: tuple[Topology, ...] = (Topology(1, 1, 1), Topology(1, 2, 1), Topology(1, 2, 2))
+    quantise: tuple[str, ...] = ("none", "w8a8")
+    batches: tuple[int, ...] = (1, 4, 16, 64)
+    contexts: tuple[int, ...] = (128, 1024)
+    prompts: tuple[int, ...] = (128, 512)
+    rounds: int = 5
+    turns: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("batches", "contexts", "prompts"):
+            if not all(size >= 1 for size in getattr(self, name)):
+                raise InputError(f"--{name}: sizes must be at least 1")
+        if self.rounds < 1 or self.turns < 1:
+            raise InputError("--rounds and --turns must be at least 1")
+        if min(self.contexts, default=PAGE) < WARM + self.rounds + 2:
+            raise InputError(f"--contexts: at least {WARM + self.rounds + 2} tokens for {self.rounds} rounds")
+
+    def cases(self, folder: Path, topology: Topology, quantise: str) -> Iterator[Case]:
+        for context in self.contexts:
+            for batch in self.batches:
+                yield Case(folder, topology, quantise, batch, 1, context)
+        for tokens in self.prompts:
+            yield Case(folder, topology, quantise, 1, tokens, tokens)
+
+
+def bench_planned(folders: Sequence[Path], grid: Grid, predict: Predict) -> dict[str, Any]:
+    """The report of `expertmesh bench planner`. spread: of a case's slowest turn to its fastest, and their median: far
+    above 1 the machine was disturbed. InputError where there is no case."""
+    rows = []
+    for folder in folders:
+        for topology in grid.topologies:
+            for quantise in grid.quantise:
+                cases = list(grid.cases(folder, topology, quantise))
+                if not cases:
+                    raise InputError("nothing to measure: give --batches and --contexts, or --prompts")
+                rows += [
+                    asdict(case)
+                    | {"folder": folder.resolve().name, "measured": min(turns), "predicted": predict(case)}
+                    | {"spread": max(turns) / min(turns)}
+                    for case, turns in zip(cases, measure(cases, grid), strict=True)
+                ]
+    spread = statistics.median(row["spread"] for row in rows)
+    return {"rounds": grid.rounds, "turns": grid.turns, "spread": spread, "rows": rows, **score(rows)}
+
+
+def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """error: mean of |predicted / measured - 1|; factor: the geometric mean of predicted / measured over all rows;
+    ratio_error: what is left of the error when every prediction is divided by it; by_phase: the same of decoding and
+    prefill, all by the one factor; pair_error: mean of |ln| of how far the ratio of two cases is from the measured one,
+    over all pairs, as a share."""
+    logs = [math.log(row["predicted"] / row["measured"]) for row in rows]
+    factor = statistics.fmean(logs)
+    phases = {"decode": [row["rows"] == 1 for row in rows], "prefill": [row["rows"] > 1 for row in rows]}
+    pairs = [abs(a - b) for i, a in enumerate(logs) for b in logs[:i]]
+
+    def error(logs: Sequence[float]) -> float | None:
+        return statistics.fmean(abs(math.exp(log) - 1) for log in logs) if logs else None
+
+    return {
+        "error": error(logs),
+        "factor": math.exp(factor),
+        "ratio_error": error([log - factor for log in logs]),
+        "by_phase": {
+            phase: error([log - factor for log, one in zip(logs, chosen, strict=True) if one])
+            for phase, chosen in phases.items()
+        },
+        "pair_error": math.expm1(statistics.fmean(pairs)) if pairs else 0.0,
+    }
+
+
+def measure(cases: Sequence[Case], grid: Grid) -> list[list[float]]:
+    """Seconds of the fastest step of each case in each turn, on one engine: all are of one model, layout and
+    precision."""
+    first = cases[0]
+    longest = max(case.context for case in cases)
+    config = EngineConfig(
+        quantise=first.quantise,
+        max_context=longest + PAGE,
+        max_batch_requests=max(case.requests for case in cases),
+        max_batch_tokens=max(2048, *(case.requests * case.rows for case in cases)),
+        page_size=PAGE,
+        cache_tokens=max(case.requests * (case.context + 2 * PAGE) for case in cases),
+        prefix_cache=False,
+        ranks="processes" if first.topology.ranks > 1 else "threads",
+        overlap="off",
+        split="even",
+    )
+    engine = Engine(first.folder, config, first.topology)
+    try:
+        turns = [[_seconds(engine, case, grid.rounds) for case in cases] for _ in range(grid.turns)]
+        return [list(taken) for taken in zip(*turns, strict=True)]
+    finally:
+        engine.close()
+
+
+def _seconds(engine: Engine, case: Case, rounds: int) -> float:
+    return _decode(engine, case, rounds) if case.decodes else _prefill(engine, case, rounds)
+
+
+def _submit(engine: Engine, case: Case, prompt: int, tokens: int) -> None:
+    generator = torch.Generator().manual_seed(prompt)
+    params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+    for _ in range(case.requests * engine.layout.topology.groups):
+        text = torch.randint(engine.model.vocab_size, (prompt,), generator=generator)
+        engine.submit(text.tolist(), params)
+
+
+def _decode(engine: Engine, case: Case, rounds: int) -> float:
+    """The context is reached in the middle of the steps that count."""
+    steps = WARM + rounds
+    _submit(engine, case, case.context - WARM - rounds // 2 - 1, steps + PAGE)
+    while any(
+        r.computed < r.prompt_length for group in engine.scheduler.schedulers for r in group.running
+    ) or any(group.waiting for group in engine.scheduler.schedulers):
+        engine.step()
+    found = [_timed(engine) for _ in range(steps)]
+    engine.abort_all()
+    return min(found[WARM:])
+
+
+def _prefill(engine: Engine, case: Case, rounds: int) -> float:
+    found = []
+    for _ in range(WARM + rounds):
+        _submit(engine, case, case.rows, 1)
+        found.append(_timed(engine))
+    return min(found[WARM:])
+
+
+def _timed(engine: Engine) -> float:
+    start = time.perf_counter()
+    engine.step()
+    return time.perf_counter() - start
+
+
+def roofline(card: Card) -> Predict:
+    """What `bench.steptime` says, for want of better: no starts of kernels, nothing that depends on shapes. card: the
+    whole machine, of which each rank has its share."""
+
+    def predict(case: Case) -> float:
+        c = ModelConfig.from_folder(case.folder)
+        layout = Layout.of(c, case.topology, "two_tier", 0)
+        topology, config = layout.topology, EngineConfig(quantise=case.quantise)
+        dtype, kept = config.dtype_of(c), case.quantise == "w8a8"
+        kinds = static_bytes(c, dtype, Shard.of(0, topology, layout.placement), case.quantise)
+        size = 4 if dtype == "float32" else 2
+        tokens = case.requests * case.rows  # of a group
+        choices = tokens * topology.groups * c.num_experts_per_tok
+        touched = 1 - (1 - c.num_experts_per_tok / c.n_routed_experts) ** (tokens * topology.groups)
+        away = (topology.ranks - 1) / topology.ranks
+        inside = 2 * choices * len(c.moe_layers) * away * c.hidden_size * size / topology.ranks
+        step = Step(tokens, case.context, choices * len(c.moe_layers) / topology.ranks, touched, 0, inside)
+        work = work_of(
+            c, dict(kinds), cache_bytes_per_token(c, dtype), 1 if kept else size, topology.tp, step
+        )
+        if not case.decodes:  # every latent is read once, and a row sees half of the others
+            work = replace(work, cache=work.cache / case.rows)
+        parts = step_seconds(work, share(card, topology.ranks), "int8" if kept else "bf16")
+        return parts["total"] if topology.ranks > 1 else max(parts["reading"], parts["computing"])
+
+    return predict
+
+
+def share(card: Card, ranks: int) -> Card:
+    """One of so many ranks of a machine that is described as one card."""
+    return replace(
+        card,
+        memory_gb=card.memory_gb / ranks,
+        memory_gbs=card.memory_gbs / ranks,
+        bf16_tflops=card.bf16_tflops / ranks,
+        fp8_tflops=card.fp8_tflops / ranks,
+        int8_tflops=card.int8_tflops / ranks,
+        fp4_tflops=card.fp4_tflops / ranks,
+        cards_per_node=ranks,
+        domain_ranks=ranks,
+    )
