@@ -14,9 +14,9 @@ enum Format : i64 { BFLOAT16 = 0, INT8 = 1, GROUPED_INT8 = 2, GROUPED_INT4 = 3, 
 constexpr i64 GROUP = 128;
 constexpr i64 CHUNK = 64;         // bytes of a row in a chunk
 constexpr i64 TILE = 16 * CHUNK;  // bytes of a chunk of a block
-// Chunks that are gone through for all rows before the next ones, so that blocks stay in cache. Sums go on exactly where
-// they were: this changes no result.
-constexpr i64 CHUNKS = 64;
+// Chunks that are gone through for many rows before the next ones, so that rows and blocks stay in cache. Sums go on
+// exactly where they were: this changes no result.
+constexpr i64 CHUNKS = 16, FEW_TILES = 6;
 
 inline i64 per_chunk(i64 format) { return format == BFLOAT16 ? 32 : format == GROUPED_INT4 ? 128 : 64; }
 inline bool is_grouped(i64 format) { return format >= GROUPED_INT8; }
@@ -341,7 +341,7 @@ template <i64 format, bool many> inline void turns(
     i64 lines = many ? up(16, up(count, 2)) : SOON * 16 / TURN;
     for (i64 c = 0; c < chunks; c += TURN) {
         i64 some = std::min(TURN, chunks - c);
-        const char *at = w + c * TILE, *later = at + some * TILE + (c + some < chunks ? 0 : next);
+        const char *at = w + c * TILE, *later = c + some < chunks ? at + some * TILE : w + 2 * next;
         for (i64 t = 0; t < count; t += 2) {
             const char* from = x + t * tile + c * step;
             float* to = out + t * LANES * ld;
@@ -373,7 +373,7 @@ template <i64 format> inline void tiles(
             const char* at = w + b * next;
             float* to = out + b * 16;
             if (count == 2) two<format, 2, Fetch::AHEAD>(rows, tile, step, at, next, chunks, to, ld, fresh);
-            else if (count <= 6) turns<format, false>(rows, count, tile, step, at, next, chunks, to, ld, fresh);
+            else if (count <= FEW_TILES) turns<format, false>(rows, count, tile, step, at, next, chunks, to, ld, fresh);
             else turns<format, true>(rows, count, tile, step, at, next, chunks, to, ld, fresh);
         }
     for (; b < blocks; ++b)
@@ -540,10 +540,10 @@ inline void grouped_product(
 // Tiles [tile0, tile1) of the rows times blocks [block, block + blocks) of a part: out [rows up to a multiple of 16][ld].
 inline void product(const Rows& x, i64 tile0, i64 tile1, const Matrix& w, i64 block, i64 blocks, float* out, i64 ld) {
     if (is_grouped(w.format)) return grouped_product(x, tile0, tile1, w, block, blocks, out, ld);
-    i64 next = w.block_bytes(), all_chunks = w.chunks();
+    i64 next = w.block_bytes(), all_chunks = w.chunks(), most = tile1 - tile0 > FEW_TILES ? CHUNKS : all_chunks;
     const char* data = w.data + block * next;
-    for (i64 first = 0; first < all_chunks; first += CHUNKS) {
-        i64 chunks = std::min(CHUNKS, all_chunks - first);
+    for (i64 first = 0; first < all_chunks; first += most) {
+        i64 chunks = std::min(most, all_chunks - first);
         const char* from = data + first * TILE;
         if (w.format == INT8)
             fastest::tiles<INT8>(x, tile0, tile1, from, next, first, chunks, blocks, out, ld, first == 0);
