@@ -14,12 +14,12 @@ from expertmesh.bench.balance import (
     QUICK,
     bench_balance,
     demo_loads,
-    synthetic,
 )
 from expertmesh.bench.rebalance import Model, Traffic, bench_rebalance
 from expertmesh.commands.options import PROMPTS
 from expertmesh.errors import InputError
 from expertmesh.mesh.loads import Loads, check_fit
+from expertmesh.mesh.synthetic import synthetic
 from expertmesh.mesh.topology import Topology
 
 

@@ -5,6 +5,8 @@ import csv
 import io
 from pathlib import Path
 
+from expertmesh.commands.plan_news import add_news
+from expertmesh.commands.plan_simulate import add_simulate
 from expertmesh.errors import InputError
 from expertmesh.planner.predict import COLUMNS, predict
 
@@ -20,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     rows.add_argument("--out", type=Path, metavar="PRED.csv", help="default: standard output")
     rows.set_defaults(plan=_predict)
+    add_news(subparsers)
+    add_simulate(subparsers)
 
 
 def run(args: argparse.Namespace) -> int:

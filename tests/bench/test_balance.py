@@ -9,11 +9,12 @@ import pytest
 
 from expertmesh import Topology
 from expertmesh.balancer.eplb import eplb
-from expertmesh.bench.balance import EPLB, KINDS, LEVEL, ORDER, OURS, QUICK, _drawn, bench_balance, synthetic
+from expertmesh.bench.balance import EPLB, LEVEL, ORDER, OURS, QUICK, _drawn, bench_balance
 from expertmesh.cli import main
 from expertmesh.mesh.balance import balance, even_cards, moves, split_cards
 from expertmesh.mesh.loads import Loads
 from expertmesh.mesh.placement import default_placement
+from expertmesh.mesh.synthetic import KINDS, synthetic
 
 TOPOLOGY, REDUNDANT = Topology(2, 2), 8
 

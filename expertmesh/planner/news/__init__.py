@@ -1,0 +1,39 @@
+"""The result that iFlytek and Huawei announced on 11 March 2025 (expert-parallel inference over many nodes of Ascend
+cards), replayed: each claim beside what this planner finds, under which assumption."""
+
+from dataclasses import replace
+
+from expertmesh.planner.better import Better, best_load, better, precisions
+from expertmesh.planner.news.claims import Claim, Finding
+from expertmesh.planner.news.memory import density, room_for_cache, routed, static
+from expertmesh.planner.news.prologue import prologue
+from expertmesh.planner.news.rows import crossing, evenness
+from expertmesh.planner.news.setting import MANY, News
+from expertmesh.planner.news.speed import cluster, exchange, joint, latency, throughput
+
+__all__ = ["Claim", "Finding", "News", "beaten", "claims"]
+
+
+def claims(news: News) -> list[Claim]:
+    """All that was announced: memory, speed, network, balance, kernels."""
+    rollout = Claim("speed of rollouts of reinforcement learning", "change", 2.0, (), built=False)
+    parts = (
+        routed, static, density, room_for_cache, throughput, latency, joint, crossing, exchange, evenness, cluster,
+        prologue,
+    )  # fmt: skip
+    return [*(part(news) for part in parts), rollout]
+
+
+def beaten(news: News, tpot: float) -> tuple[list[Better], list[Better]]:
+    """Layouts of the same 64 cards with more tokens/s than the announced one under a limit of TPOT (seconds), the best
+    first and the announced one last; and what other weights would add to the best. InputError where the announced one
+    does not keep the limit."""
+    plain = news.layout(MANY, "two_tier_int8", balanced=True)
+
+    def tokens(overlap: bool) -> float:
+        outcome = best_load(replace(plain, overlap=overlap), news.work, tpot, news.p)
+        return outcome.tokens if outcome else 0.0
+
+    announced = replace(plain, overlap=max((True, False), key=tokens))
+    found = better(announced, news.work, tpot, news.p)
+    return found, precisions(found[0], news.work, tpot, news.p)
