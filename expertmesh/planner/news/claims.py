@@ -32,6 +32,7 @@ class Claim:
     figures: Mapping[str, float] = field(default_factory=dict)
     assumes: str = ""
     built: bool = True
+    nearest: str = ""  # what comes nearest, where there is no finding
 
     @property
     def reached(self) -> Finding | None:
@@ -50,6 +51,8 @@ class Claim:
             return "not built yet"
         if self.announced is None:
             return ""
+        if not self.findings:
+            return f"not reached by any; nearest: {self.nearest}"
         if all(self._reaches(found) for found in self.findings):
             return "holds"
         if self.reached:

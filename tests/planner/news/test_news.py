@@ -99,14 +99,14 @@ def test_throughput_is_what_decode_steps_give() -> None:
 
 def test_both_at_once_is_harder_than_each_alone() -> None:
     """Half the time of a token is nowhere with a full memory, where throughput is highest."""
-    joint, full = (
-        FOUND["throughput with half the time of a token"],
-        FOUND["throughput of a card, memory full"],
-    )
-    assert finding(joint, "TP8") < max(f.value for f in full.findings)
+    joint = FOUND["throughput with half the time of a token"]
+    full = max(f.value for f in FOUND["throughput of a card, memory full"].findings)
     assert "not reached" in joint.verdict
+    assert all(f.value < full for f in joint.findings)
     for tp in (8, 4, 2, 1):
-        assert figure(joint, f"TP{tp},", "throughput, times") > finding(joint, f"TP{tp}")
+        gain, time = (figure(joint, f"TP{tp},", what) for what in ("throughput, times", "time of a token"))
+        assert gain < 3.2 or time > -50
+        assert not joint.findings or gain > finding(joint, f"TP{tp}")
 
 
 def test_more_requests_a_card_take_longer() -> None:
