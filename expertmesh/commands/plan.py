@@ -5,6 +5,7 @@ import csv
 import io
 from pathlib import Path
 
+from expertmesh.commands import plan_search
 from expertmesh.commands.plan_news import add_news
 from expertmesh.commands.plan_simulate import add_simulate
 from expertmesh.errors import InputError
@@ -15,7 +16,8 @@ ROW_COLUMNS = ("id", "model", "hw", "cards", "phase", "weight_prec")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    subparsers = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    plan_search.add_arguments(parser)
+    subparsers = parser.add_subparsers(dest="what", metavar="WHAT", title="instead of a search")
     rows = subparsers.add_parser("predict", help="results of published rows whose results are blank")
     rows.add_argument(
         "rows", type=Path, metavar="ROWS.csv", help="columns as benchmarks/planner/published.csv"

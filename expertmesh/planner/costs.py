@@ -96,21 +96,18 @@ def _main(rates: Rates, d: Deployment, load: Load) -> tuple[list[Part], float]:
     model = d.model
     sparse, head = len(model.moe_layers), _head(rates, d, _rows(d, load))
     dense = model.num_hidden_layers - sparse
-    whole = _moe_layer(rates, d, load) if sparse else []
-    plain = _dense_layer(rates, d, load) if dense else []
-    parts = [part.times(sparse) for part in whole] + [part.times(dense) for part in plain]
-    parts = [*_summed(parts), head]
-    seconds = sum(part.seconds for part in parts)
+    plain = [part.times(dense) for part in _dense_layer(rates, d, load)] if dense else []
     if not d.overlap or not sparse:
-        return parts, seconds
+        whole = [part.times(sparse) for part in _moe_layer(rates, d, load)] if sparse else []
+        parts = [*_summed([*whole, *plain]), head]
+        return parts, sum(part.seconds for part in parts)
     half = _moe_layer(rates, d, _half(load))
     if isinstance(load, Prefill):
         half = [_beside(rates, part) for part in half]
     halves = [part.times(2 * sparse) for part in half]
     layer = two_batches([(part.seconds, part.travels) for part in _stages(half)])
-    rest = sum(part.seconds for part in plain) * dense + head.seconds
-    halves += [part.times(dense) for part in plain]
-    return [*_summed(halves), head], layer * sparse + rest
+    seconds = layer * sparse + sum(part.seconds for part in plain) + head.seconds
+    return [*_summed([*halves, *plain]), head], seconds
 
 
 def _beside(rates: Rates, part: Part) -> Part:
@@ -139,8 +136,10 @@ def _stages(parts: Sequence[Part]) -> list[Part]:
 
 def _summed(parts: Sequence[Part]) -> list[Part]:
     """Those of one name as one."""
-    names = dict.fromkeys(part.name for part in parts)
-    return [joined(name, [part for part in parts if part.name == name]) for name in names]
+    named: dict[str, list[Part]] = {}
+    for part in parts:
+        named.setdefault(part.name, []).append(part)
+    return [same[0] if len(same) == 1 else joined(name, same) for name, same in named.items()]
 
 
 def _rows(d: Deployment, load: Load) -> _Rows:

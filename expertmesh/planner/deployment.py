@@ -1,6 +1,7 @@
 """What is planned: a model on cards in a layout, and what it has to do in a step."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import ceil
 from typing import Literal, TypeAlias
 
@@ -71,33 +72,33 @@ class Deployment:
         if self.imbalance is not None and self.imbalance < 1:
             raise InputError(f"imbalance {self.imbalance} is a maximum over a mean; it must be at least 1")
 
-    @property
+    @cached_property
     def ranks(self) -> int:
         return self.topology.ranks
 
-    @property
+    @cached_property
     def weights(self) -> Weights:
         return weights(self.weight_precision)
 
-    @property
+    @cached_property
     def how(self) -> Algorithm:
         """The exchange, with the formats that were asked for."""
         own = algorithm("flat" if self.exchange == COLLECTIVE else self.exchange)
         return replace(own, dispatch=self.dispatch or own.dispatch, combine=self.combine or own.combine)
 
-    @property
+    @cached_property
     def domain(self) -> int:
         """Ranks that reach each other at the speed of a node: the node's, or a rack's where it is one plane."""
         wide = self.card.domain_ranks > self.card.ranks_per_node
         near = self.card.domain_ranks if wide else min(self.card.domain_ranks, self.topology.cards_per_node)
         return min(near, self.ranks)
 
-    @property
+    @cached_property
     def domains(self) -> int:
         """Nodes as the exchange sees them."""
         return ceil(self.ranks / self.domain)
 
-    @property
+    @cached_property
     def slots(self) -> int:
         """Slots of routed experts of a rank in each layer; of split experts, as many as take the same memory."""
         return ceil((self.model.n_routed_experts + self.redundant) / self.ranks)

@@ -16,11 +16,13 @@ WORKSPACE_TENSORS = 8  # as wide as the model, that a row of a step has alive
 def static_memory(deployment: Deployment) -> Counter[str]:
     """Bytes of the weights of one rank, by kind; "mtp" where there are drafts."""
     d = deployment
-    return Counter(_static(d.model, d.weights.precision, d.topology.tp, d.slots, d.drafts > 0))
+    of = d.model, d.weights.precision, d.topology.tp, d.drafts > 0
+    one, two = _static(*of, 1), _static(*of, 2)  # experts are all of a size
+    return Counter({kind: size + (d.slots - 1) * (two[kind] - size) for kind, size in one.items()})
 
 
 @lru_cache
-def _static(model: ModelConfig, precision: Precision, tp: int, slots: int, drafting: bool) -> Counter[str]:
+def _static(model: ModelConfig, precision: Precision, tp: int, drafting: bool, slots: int) -> Counter[str]:
     layers = range(model.num_hidden_layers + model.num_nextn_predict_layers)
     shard = Shard(dict.fromkeys(layers, tuple(range(slots))), 0, tp)
     return static_bytes(model, "bfloat16", shard, precision, drafting)

@@ -1,7 +1,8 @@
 """A service under load: instances that decode and instances that prefill, together or apart, and requests that come as
 others leave (a closed loop of constant concurrency)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from expertmesh.errors import InputError
 from expertmesh.planner.costs import Step, accepted_tokens, decode_step, prefill_step
@@ -82,6 +83,11 @@ def prefill_time(
 
 def prefill_rate(d: Deployment, work: Workload, p: Parameters | None = None) -> float:
     """Prompts/s of one instance that always has some waiting."""
+    return _prefill_rate(replace(d, drafts=0, accepted=None), work, p)  # which change nothing in prefill
+
+
+@lru_cache
+def _prefill_rate(d: Deployment, work: Workload, p: Parameters | None) -> float:
     new = work.input - work.cached
     count = max(1.0, CHUNK / d.card.dies_per_card * d.topology.tp // new)
     filled = (p or parameters()).filling if d.topology.groups > 1 else 1.0
@@ -96,7 +102,7 @@ def serve(service: Service, work: Workload, requests: float, p: Parameters | Non
     """
     if not requests > 0:
         raise InputError(f"{requests} requests at a time; there must be some")
-    answer = _Apart(service, work, p) if service.prefill else _Together(service, work, p)
+    answer = steady(service, work, p)
     low, high = 0.0, requests / service.groups
     found = answer.at(high)
     for _ in range(40):
@@ -108,7 +114,12 @@ def serve(service: Service, work: Workload, requests: float, p: Parameters | Non
     return found
 
 
-class _Apart:
+def steady(service: Service, work: Workload, p: Parameters | None = None) -> "Apart | Together":
+    """What the service gives for any batch: `.at(requests that each TP group decodes)`."""
+    return Apart(service, work, p) if service.prefill else Together(service, work, p)
+
+
+class Apart:
     """Prefill on ranks of its own."""
 
     def __init__(self, service: Service, work: Workload, p: Parameters | None) -> None:
@@ -125,7 +136,7 @@ class _Apart:
         return Outcome(ADMISSION + self.alone * _waiting(use), tpot, tokens, batch, use, step)
 
 
-class _Together:
+class Together:
     """Prefill between the steps of decoding, all groups at once."""
 
     def __init__(self, service: Service, work: Workload, p: Parameters | None) -> None:
