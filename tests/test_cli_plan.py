@@ -209,3 +209,17 @@ def test_loads_of_another_model(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 def test_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--card, --cards, --input, --output missing" in refused(capsys, "--model", "deepseek-v3")
     assert "are not whole nodes of 8; give --nodes" in refused(capsys, *ASKED, "--cards", 20)
+
+
+def test_requests_are_replayed_against_the_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    asked = (*SMALL, "--tpot", 50)
+    at_rate = answer(capsys, *asked, "--simulate", "poisson")
+    found, gives = at_rate["simulation"], at_rate["plans"][0]["gives"]
+    assert found["finished"] + found["rejected"] == 1000 and found["tokens"] <= 1.1 * gives["tokens_per_s"]
+    assert answer(capsys, *asked)["simulation"] is None
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"time": 1, "input": 40, "output": 7}\n{"time": 0, "input": 300, "output": 20}\n')
+    assert answer(capsys, *asked, "--simulate", trace)["simulation"]["finished"] == 2
+    assert "TTFT" in printed(capsys, *asked, "--simulate", trace).split("one by one")[1]
+    assert "No such file" in refused(capsys, *asked, "--simulate", "nowhere.jsonl")
+    assert "--prefill elsewhere" in refused(capsys, *asked, "--prefill", "elsewhere", "--simulate", "poisson")

@@ -3,17 +3,19 @@
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
 from expertmesh.balancer.formats import read_loads
+from expertmesh.commands.plan_simulate import report_text
 from expertmesh.commands.plan_text import front_text, plan_text
 from expertmesh.config import ModelConfig
 from expertmesh.errors import InputError
 from expertmesh.mesh.traffic import ALGORITHMS, FORMATS
 from expertmesh.planner.advice import advise
+from expertmesh.planner.arrivals import parse_arrivals
 from expertmesh.planner.cards import card
 from expertmesh.planner.deployment import BALANCES, COLLECTIVE
 from expertmesh.planner.formats import CACHES, WEIGHTS, weights
@@ -25,11 +27,13 @@ from expertmesh.planner.plans import Limits, Plan, front, knee
 from expertmesh.planner.report import report
 from expertmesh.planner.search import Search, search
 from expertmesh.planner.serving import Workload
+from expertmesh.planner.simulate import Report, simulate
 from expertmesh.planner.space import MODES, MOST_DRAFTS, Cluster, Space, byte_format
 
 # Limits on TPOT of the points of a front, ms, and none.
 FRONT_MS = (5.0, 8.0, 12.0, 18.0, 27.0, 40.0, 60.0, 90.0, 135.0)
 MOST_MS = 1e7
+SIMULATED = 1000  # requests that come by chance
 PINNED = (
     "attention_tp", "redundant", "weights", "cache", "exchange", "dispatch", "combine", "drafts", "accepted", "balance",
 )  # fmt: skip
@@ -77,6 +81,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE.html",
         help="and a page: the front, the step by part, memory by kind",
+    )
+    add(
+        "--simulate",
+        metavar="poisson[:RATE]|TRACE.jsonl",
+        help="and percentiles of the first plan under arrivals, by chance (default rate: what it serves) or as a file "
+        "says; `plan simulate` has more to choose",
     )
     parser.set_defaults(plan=run)
 
@@ -151,10 +161,21 @@ def run(args: argparse.Namespace) -> int:
         "front": [report(plan, Limits(ttft=limits.ttft), folder) for plan in points],
     }
     document["title"] = title(document, space)
+    replayed = None if args.simulate is None else _simulated(plans[0], args.simulate)
+    document["simulation"] = replayed and asdict(replayed)
     if args.plot:
         _write(args.plot, page(document))
     print(json.dumps(document) if args.json else _text(document))
+    if replayed and not args.json:
+        print(f"\nRequests that come as {args.simulate} says, one by one:\n{report_text(replayed)}")
     return 0
+
+
+def _simulated(plan: Plan, arrivals: str) -> Report:
+    if plan.mode == "elsewhere":
+        raise InputError("--simulate replays prefill too; leave out --prefill elsewhere")
+    rate = plan.outcome.tokens / plan.work.output
+    return simulate(plan.service, parse_arrivals(arrivals, plan.work, SIMULATED, rate))
 
 
 def _front(space: Space, work: Workload, limits: Limits) -> list[Plan]:
