@@ -69,7 +69,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     document = answer(capsys, *ASKED, "--tpot", 50, "--ttft", 2000)
     assert set(document) == {
         "title", "model", "card", "nodes", "cards_per_node", "input", "output", "cached", "limits", "plans", "next",
-        "front",
+        "front", "simulation",
     }  # fmt: skip
     assert (document["nodes"], document["cards_per_node"], document["front"]) == (8, 8, [])
     assert document["limits"] == {"tpot_ms": 50.0, "ttft_ms": 2000.0}
