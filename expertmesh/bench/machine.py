@@ -6,26 +6,27 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from expertmesh.bench.exchange import PRELOAD, bench_exchange
-from expertmesh.bench.kernels import COLD, Ceilings, random_numbers, seconds_of
+from expertmesh.bench.kernels import COLD, Ceilings
+from expertmesh.bench.reached import op_seconds, reached
 from expertmesh.bench.transport import exchange_seconds
 from expertmesh.bench.workload import Workload
 from expertmesh.comm.local import cores
+from expertmesh.config import EngineConfig
 from expertmesh.engine.checkpoint import free_memory
+from expertmesh.engine.engine import Engine
 from expertmesh.errors import InputError
 from expertmesh.kernels.cpu import Cpu
-from expertmesh.kernels.tape import Pool, Tape
 from expertmesh.launch.launcher import Here
+from expertmesh.llm import demo_model
 from expertmesh.planner.cards import NUMBERS, read_card
 
 SMALL, LARGE = 64, 4 << 20  # bytes of a message
-OPS = 64  # on a tape whose ops have next to nothing to do
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ def bench_machine(setting: Setting, kernels: Cpu) -> dict[str, Any]:
         ceilings = Ceilings(kernels, COLD)
         ceilings.measure()  # memory and threads are there now
         found = [ceilings.measure() for _ in range(setting.rounds)]
-        launch = launch_seconds(kernels, setting.rounds)
+        launch = op_seconds(kernels, setting.rounds)
+        parameters = _reached(kernels, found, setting.rounds)
     link = {ranks: exchange_seconds(ranks, (SMALL, LARGE), setting.rounds, of=min) for ranks in (2, 4)}
     measured = {
         "memory_bytes": memory,
@@ -77,17 +79,19 @@ def bench_machine(setting: Setting, kernels: Cpu) -> dict[str, Any]:
         "kernels": kernels.variant.name,
         "measured": measured,
         "numbers": numbers(setting, measured),
+        "parameters": parameters,
     }
 
 
-def launch_seconds(kernels: Cpu, rounds: int) -> float:
-    """Of an op on a tape, which is how a step of decoding runs: the sum of two rows."""
-    x, tape = random_numbers(1, 64), Tape(Pool())
-    with kernels.recording(tape):
-        for _ in range(OPS):
-            kernels.add(x, x)
-    kernels.replay(tape)
-    return min(seconds_of(partial(kernels.replay, tape)) for _ in range(200 * rounds)) / OPS
+def _reached(kernels: Cpu, ceilings: list[dict[str, float]], rounds: int) -> dict[str, dict[str, Any]]:
+    best = {name: max(each[name] for each in ceilings) for name in ceilings[0]}
+    config = EngineConfig(dtype="bfloat16", prefix_cache=False, cache_tokens=1 << 14, max_context=1 << 9)
+    demo = Engine(demo_model(), config)
+    try:
+        found = reached(kernels, best, demo, rounds)
+    finally:
+        demo.close()
+    return {name: {"value": _rounded(value), "source": source} for name, (value, source) in found.items()}
 
 
 def empty_exchange(rounds: int) -> dict[str, float]:
@@ -137,7 +141,10 @@ def numbers(setting: Setting, measured: Mapping[str, Any]) -> dict[str, dict[str
             1e6 * measured["peer"],
             f"{how}: what two more processes add to a small exchange, halved",
         ),
-        "launch_us": (1e6 * measured["launch"], f"{how}: an op on a tape that has nothing to do"),
+        "launch_us": (
+            1e6 * measured["launch"],
+            f"{how}: an op on a tape that has next to nothing to do",
+        ),
     }
     return {name: {"value": _rounded(found[name][0]), "source": found[name][1]} for name in NUMBERS}
 
@@ -154,11 +161,18 @@ def check_out(path: Path) -> None:
         raise InputError(f"--out {path}: there is no folder {path.absolute().parent}")
 
 
+def _entries(table: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name} = {{ value = {entry['value']}, source = {json.dumps(entry['source'])} }}"
+        for name, entry in table.items()
+    ]
+
+
 def write_card(path: Path, report: Mapping[str, Any]) -> None:
     """As a profile. InputError where it cannot be written there."""
     lines = [f"title = {json.dumps(report['title'])}", "", "# Of one rank: GB, GB/s, dense TFLOPS, us."]
-    for name, entry in report["numbers"].items():
-        lines.append(f"{name} = {{ value = {entry['value']}, source = {json.dumps(entry['source'])} }}")
+    lines += _entries(report["numbers"])
+    lines += ["", "# Of the planner's cost model.", "[parameters]", *_entries(report["parameters"])]
     try:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:

@@ -15,15 +15,15 @@ from typing import Any, TypeAlias
 
 import torch
 
-from expertmesh.bench.steptime import Step, step_seconds, work_of
-from expertmesh.config import EngineConfig, ModelConfig, cache_bytes_per_token
+from expertmesh.config import EngineConfig, ModelConfig
 from expertmesh.engine.engine import Engine
 from expertmesh.errors import InputError
-from expertmesh.mesh.layout import Layout
 from expertmesh.mesh.topology import Topology
 from expertmesh.planner.cards import Card
+from expertmesh.planner.costs import decode_step, prefill_step
+from expertmesh.planner.deployment import Decode, Deployment, Prefill
+from expertmesh.planner.formats import WEIGHTS
 from expertmesh.request import SamplingParams
-from expertmesh.weights import Shard, static_bytes
 
 PAGE = 32
 WARM = 2  # steps of a kind before those that count: tapes are recorded, memory is touched
@@ -190,30 +190,23 @@ def _timed(engine: Engine) -> float:
     return time.perf_counter() - start
 
 
-def roofline(card: Card) -> Predict:
-    """What `bench.steptime` says, for want of better: no starts of kernels, nothing that depends on shapes. card: the
-    whole machine, of which each rank has its share."""
+def planner(card: Card) -> Predict:
+    """What the planner says. card: the whole machine, of which each rank has its share."""
+
+    named = {kept.engine: name for name, kept in WEIGHTS.items()}
 
     def predict(case: Case) -> float:
-        c = ModelConfig.from_folder(case.folder)
-        layout = Layout.of(c, case.topology, "two_tier", 0)
-        topology, config = layout.topology, EngineConfig(quantise=case.quantise)
-        dtype, kept = config.dtype_of(c), case.quantise == "w8a8"
-        kinds = static_bytes(c, dtype, Shard.of(0, topology, layout.placement), case.quantise)
-        size = 4 if dtype == "float32" else 2
-        tokens = case.requests * case.rows  # of a group
-        choices = tokens * topology.groups * c.num_experts_per_tok
-        touched = 1 - (1 - c.num_experts_per_tok / c.n_routed_experts) ** (tokens * topology.groups)
-        away = (topology.ranks - 1) / topology.ranks
-        inside = 2 * choices * len(c.moe_layers) * away * c.hidden_size * size / topology.ranks
-        step = Step(tokens, case.context, choices * len(c.moe_layers) / topology.ranks, touched, 0, inside)
-        work = work_of(
-            c, dict(kinds), cache_bytes_per_token(c, dtype), 1 if kept else size, topology.tp, step
+        deployment = Deployment(
+            ModelConfig.from_folder(case.folder),
+            share(card, case.topology.ranks),
+            case.topology,
+            weight_precision=named[case.quantise],
+            balance="none",
         )
-        if not case.decodes:  # every latent is read once, and a row sees half of the others
-            work = replace(work, cache=work.cache / case.rows)
-        parts = step_seconds(work, share(card, topology.ranks), "int8" if kept else "bf16")
-        return parts["total"] if topology.ranks > 1 else max(parts["reading"], parts["computing"])
+        if case.decodes:
+            return decode_step(deployment, Decode(case.requests, case.context)).seconds
+        tokens = case.requests * case.rows / deployment.topology.tp
+        return prefill_step(deployment, Prefill(tokens, case.rows)).seconds
 
     return predict
 

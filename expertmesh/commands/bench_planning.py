@@ -9,7 +9,7 @@ from typing import Any
 
 from expertmesh.bench.counting import Trial
 from expertmesh.bench.machine import Setting, bench_machine, check_out, write_card
-from expertmesh.bench.planned import Grid, bench_planned, roofline
+from expertmesh.bench.planned import Grid, bench_planned, planner
 from expertmesh.bench.scale import bench_scale
 from expertmesh.comm.local import cores
 from expertmesh.commands.bench_kernels import check_kernel_memory, own_kernels
@@ -116,7 +116,7 @@ def _measure_planner(args: argparse.Namespace) -> dict[str, Any]:
     grid = Grid(topologies, quantise, batches, contexts, prompts, args.rounds, args.turns)
     profile = card(args.card) if args.card else _here()
     folders = [Path(name) for name in args.models] or [demo_model()]
-    return {"card": profile.name, **bench_planned(folders, grid, roofline(profile))}
+    return {"card": profile.name, **bench_planned(folders, grid, planner(profile))}
 
 
 def _here() -> Card:
@@ -171,8 +171,8 @@ def _measure_machine(args: argparse.Namespace) -> dict[str, Any]:
 
 def _machine_table(report: dict[str, Any]) -> str:
     lines = [f"{report['title']}; float32 {report['measured']['ceilings']['float32'] / 1e12:.3g} TFLOPS"]
-    for name, entry in report["numbers"].items():
-        lines.append(f"{name:15}{entry['value']:>12g}  {entry['source']}")
+    for name, entry in (*report["numbers"].items(), *report["parameters"].items()):
+        lines.append(f"{name:21}{entry['value']:>12g}  {entry['source']}")
     if report["out"] is not None:
         lines.append(f"written to {report['out']}; use it with --card {report['out']}")
     return "\n".join(lines)

@@ -55,6 +55,10 @@ class Replay:
             self._tapes[count] = tape, out
         return out
 
+    def again(self, count: int) -> None:
+        """Computes the last step of so many rows once more."""
+        self._graph.replay(self._tapes[count][0])
+
     def _write(self, batch: Batch) -> int:
         tokens, positions, slots, lengths = self._written
         size = self._page

@@ -43,7 +43,7 @@ class Runner:
         self.loads = Loads(model.kernels.count)
         graph = model.kernels.graph
         alone = isinstance(collectives, Alone)
-        self._replay = Replay(graph, config, self._decode) if graph is not None and alone else None
+        self.replay = Replay(graph, config, self._decode) if graph is not None and alone else None
 
     @cached_property
     def mover(self) -> Mover:
@@ -82,8 +82,8 @@ class Runner:
     def _compute(self, batch: Batch, wanted: "_Asked") -> Tensor:
         """Hidden states of the rows whose logits somebody asked for: of all rows only those leave their rank."""
         group = self.collectives.group(batch.rows)
-        if self._replay is not None and self.loads.repeatable and self._replay.suits(batch):
-            x_TD = self._replay.run(batch)
+        if self.replay is not None and self.loads.repeatable and self.replay.suits(batch):
+            x_TD = self.replay.run(batch)
         else:
             x_TD = self.model(self._step(batch, group))
         return group.gather_rows(x_TD, wanted.rows)

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 from expertmesh.config.model import fits
 from expertmesh.errors import InputError
 from expertmesh.planner.facts import fitting, folder, plain, unknown
+from expertmesh.planner.parameters import NAMES as PARAMETERS
 
 Arithmetic: TypeAlias = Literal["bf16", "fp8", "int8", "fp4"]
 
@@ -21,8 +22,9 @@ class Card:
     has none; node_gbs, across_gbs: what a rank sends one way inside a node and to other nodes, GB/s; bulk_gbs: inside
     a node in exchanges of many rows; node_us, across_us: latency of these links. domain_ranks: how many ranks reach
     each other at the speed of a node, which in a rack may be more than a node has. dispatch_us, combine_us: time of an
-    exchange without rows; peer_us: of each peer of an exchange in prefill; launch_us: start of a kernel. sources: of
-    each number.
+    exchange without rows; peer_us: of each peer of an exchange in prefill; launch_us: start of a kernel. parameters: of
+    the cost model, by name, where they are known of this card and need not be those that were fitted on all.
+    sources: of each number.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Card:
     combine_us: float
     peer_us: float
     launch_us: float
+    parameters: Mapping[str, float] = field(repr=False, hash=False, default_factory=dict)
     sources: Mapping[str, str] = field(repr=False, hash=False, default_factory=dict)
 
     @property
@@ -100,28 +103,40 @@ def _table(path: Path) -> dict[str, Any]:
 
 
 def read_card(path: Path) -> Card:
-    """From a file: each number as { value = 64, source = "..." }. InputError names all that is missing or wrong."""
+    """From a file: each number as { value = 64, source = "..." }, those of the cost model in a table [parameters].
+    InputError names all that is missing or wrong."""
     table = _table(path)
-    wrong: list[str] = []
+    title, own = str(table.pop("title", path.stem)), table.pop("parameters", {})
+    table.pop("aliases", None)
+    own = own if isinstance(own, dict) else {}
+    wrong = [f"{name} is no field of a card" for name in table if name not in NUMBERS]
+    wrong += [f"{name} is no parameter of the cost model" for name in own if name not in PARAMETERS]
     values: dict[str, Any] = {}
+    parameters: dict[str, float] = {}
     sources: dict[str, str] = {}
     for name in NUMBERS:
-        entry = table.pop(name, None)
-        if not isinstance(entry, dict) or not isinstance(entry.get("source"), str) or not entry["source"]:
-            wrong.append(f'{name} is not of the form {{ value = 1, source = "..." }}')
-            continue
-        value = entry.get("value")
         whole = Card.__dataclass_fields__[name].type is int
-        number = (
-            float(value) if isinstance(value, int | float) and fits(int if whole else float, value) else -1.0
-        )
-        if number < 0 or (number == 0 and name not in MAY_BE_ZERO):
-            wrong.append(f"{name} is {value!r}, not a {'count' if whole else 'number'} above 0")
-            continue
-        values[name], sources[name] = int(number) if whole else number, entry["source"]
-    title = table.pop("title", path.stem)
-    table.pop("aliases", None)
-    wrong += [f"{name} is no field of a card" for name in table]
+        values[name] = _number(name, table.get(name), whole, name in MAY_BE_ZERO, sources, wrong)
+    for name in (name for name in own if name in PARAMETERS):
+        share = name.endswith("efficiency") or name == "filling"  # what is divided by
+        parameters[name] = _number(name, own[name], False, not share, sources, wrong)
     if wrong:
         raise InputError(f"{path}: {'; '.join(wrong)}")
-    return Card(name=path.stem, title=str(title), **values, sources=sources)
+    return Card(path.stem, title, **values, parameters=parameters, sources=sources)
+
+
+def _number(
+    name: str, entry: Any, whole: bool, zero: bool, sources: dict[str, str], wrong: list[str]
+) -> float:
+    """The value of an entry, whose source is noted; or what is wrong is."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("source"), str) or not entry["source"]:
+        wrong.append(f'{name} is not of the form {{ value = 1, source = "..." }}')
+        return 0
+    value = entry.get("value")
+    number = -1.0
+    if isinstance(value, int | float) and fits(int if whole else float, value):
+        number = float(value)
+    if number < 0 or (number == 0 and not zero):
+        wrong.append(f"{name} is {value!r}, not a {'count' if whole else 'number'} above 0")
+    sources[name] = entry["source"]
+    return int(number) if whole else number

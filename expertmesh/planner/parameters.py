@@ -1,7 +1,8 @@
 """The few numbers of the cost model that are fitted, not published."""
 
 import tomllib
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -44,11 +45,19 @@ def parameters_file() -> Path:
     return folder("parameters.toml")
 
 
+NAMES = tuple(f.name for f in fields(Parameters))
+
+
 @lru_cache
 def parameters() -> Parameters:
     """The fitted ones."""
     table = tomllib.loads(parameters_file().read_text(encoding="utf-8"))
-    return Parameters(**{f.name: float(table[f.name]["value"]) for f in fields(Parameters)})
+    return Parameters(**{name: float(table[name]["value"]) for name in NAMES})
+
+
+def parameters_with(known: Mapping[str, float]) -> Parameters:
+    """The fitted ones, but for those that are known of a card (`cards.Card.known`)."""
+    return replace(parameters(), **known) if known else parameters()
 
 
 def bounds() -> dict[str, Bounds]:

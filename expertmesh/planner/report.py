@@ -7,7 +7,7 @@ from expertmesh.planner.deployment import COLLECTIVE, Deployment
 from expertmesh.planner.exchange import crossing_bytes
 from expertmesh.planner.imbalance import imbalance, systematic
 from expertmesh.planner.memory import RESERVED, cache_bytes, static_memory, workspace_bytes
-from expertmesh.planner.parameters import Parameters, parameters
+from expertmesh.planner.parameters import Parameters, parameters_with
 from expertmesh.planner.plans import MOST_USE, Limits, Plan, prompts_of_a_step
 from expertmesh.planner.serving import CHUNK
 from expertmesh.planner.starting import lines, notes
@@ -17,7 +17,7 @@ CLOSE = 0.985  # of a limit, at which it is what decides
 
 def report(plan: Plan, limits: Limits, model: str, p: Parameters | None = None) -> dict[str, Any]:
     """A plan. GB are 1e9 bytes; tokens are of output."""
-    service, p = plan.service, p or parameters()
+    service, p = plan.service, p or parameters_with(plan.service.decode.card.parameters)
     there = service.prefill
     return {
         "mode": plan.mode,

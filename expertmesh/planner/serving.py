@@ -7,7 +7,7 @@ from functools import lru_cache
 from expertmesh.errors import InputError
 from expertmesh.planner.costs import Step, accepted_tokens, decode_step, prefill_step
 from expertmesh.planner.deployment import Decode, Deployment, Prefill
-from expertmesh.planner.parameters import Parameters, parameters
+from expertmesh.planner.parameters import Parameters, parameters_with
 
 CHUNK = 16384  # most tokens of prompts that a card takes in one step
 # Seconds from a request's arrival to its first token, beside prefill: at 4 requests of 1,024 tokens 0.26 to 0.31 are
@@ -90,7 +90,7 @@ def prefill_rate(d: Deployment, work: Workload, p: Parameters | None = None) -> 
 def _prefill_rate(d: Deployment, work: Workload, p: Parameters | None) -> float:
     new = work.input - work.cached
     count = max(1.0, CHUNK / d.card.dies_per_card * d.topology.tp // new)
-    filled = (p or parameters()).filling if d.topology.groups > 1 else 1.0
+    filled = (p or parameters_with(d.card.parameters)).filling if d.topology.groups > 1 else 1.0
     return filled * count * d.topology.groups / prefill_time(d, work, p, count)
 
 

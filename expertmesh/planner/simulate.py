@@ -16,7 +16,7 @@ from expertmesh.planner.costs import accepted_tokens
 from expertmesh.planner.deployment import Deployment
 from expertmesh.planner.instance import Instance, Request
 from expertmesh.planner.memory import cache_bytes, room
-from expertmesh.planner.parameters import Parameters, parameters
+from expertmesh.planner.parameters import Parameters, parameters_with
 from expertmesh.planner.serving import ADMISSION, CHUNK, Service
 
 PAGE = 128  # tokens
@@ -111,7 +111,9 @@ class _Simulation:
         self, decode: Deployment, entry: list[Instance], decoding: list[Instance], seed: int, p: Parameters | None
     ) -> None:  # fmt: skip
         self._decode, self._entry, self._decoding = decode, entry, decoding
-        self._link = decode.card.across_gbs * 1e9 * (p or parameters()).link_efficiency
+        self._link = (
+            decode.card.across_gbs * 1e9 * (p or parameters_with(decode.card.parameters)).link_efficiency
+        )
         self._rng, self._accepted = np.random.default_rng(seed), _acceptance(decode)
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._order, self._numbers = count(), count()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from expertmesh import InputError
-from expertmesh.bench import machine
+from expertmesh.bench import machine, reached
 from expertmesh.bench.kernels import Ceilings
 from expertmesh.bench.machine import LARGE, Setting, numbers, write_card
 from expertmesh.bench.transport import exchange_seconds
@@ -18,6 +18,7 @@ from expertmesh.comm.local import cores
 from expertmesh.commands import bench_kernels
 from expertmesh.kernels.table import native
 from expertmesh.planner.cards import MAY_BE_ZERO, NUMBERS, read_card
+from expertmesh.planner.parameters import NAMES
 from tests.kernels.test_ops import NATIVE
 
 compiled = pytest.mark.skipif(not NATIVE, reason="no C++ compiler")
@@ -29,6 +30,12 @@ MEASURED = {
     "copied": 1e-3,
     "peer": 5e-6,
     "exchange": {"dispatch": 100e-6, "combine": 80e-6, "total": 180e-6},
+}
+
+
+PARAMETERS = {
+    "memory_efficiency": {"value": 0.9, "source": "measured"},
+    "passes": {"value": 0.0, "source": "none"},
 }
 
 
@@ -63,12 +70,14 @@ def test_a_network_that_is_told() -> None:
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
-    report = {"title": 'a "machine"\n', "numbers": numbers(Setting(), MEASURED)}
+    report = {"title": 'a "machine"\n', "numbers": numbers(Setting(), MEASURED), "parameters": PARAMETERS}
     write_card(tmp_path / "here.toml", report)
     card = read_card(tmp_path / "here.toml")
     assert card.name == "here" and card.title == report["title"]
     assert {name: getattr(card, name) for name in NUMBERS} == values()
-    assert card.sources == {name: entry["source"] for name, entry in report["numbers"].items()}
+    entries = numbers(Setting(), MEASURED) | PARAMETERS
+    assert card.sources == {name: entry["source"] for name, entry in entries.items()}
+    assert card.parameters == {"memory_efficiency": 0.9, "passes": 0.0}
 
 
 @compiled
@@ -77,6 +86,7 @@ def test_the_whole_measurement(
 ) -> None:
     monkeypatch.setattr(bench_kernels, "COLD", 1 << 16)
     monkeypatch.setattr(machine, "LARGE", 1 << 16)
+    monkeypatch.setattr(reached, "WIDE", 128)
     monkeypatch.setattr(machine, "Ceilings", lambda *_: Ceilings(native(), 1 << 16, (8, 32, 64)))
     out = tmp_path / "here.toml"
     assert main(["bench", "machine", "--rounds", "1", "--out", str(out), "--json"]) == 0
@@ -87,6 +97,8 @@ def test_the_whole_measurement(
     assert {name: written[name] for name in NUMBERS} == report["numbers"]
     card = read_card(out)
     assert min(card.memory_gbs, card.bf16_tflops, card.node_gbs, card.dispatch_us, card.launch_us) > 0
+    assert report["parameters"] == written["parameters"] and set(card.parameters) <= set(NAMES)
+    assert 0 < card.parameters["memory_efficiency"] <= 1
 
 
 def test_exchanges_by_size_and_kind() -> None:
@@ -116,18 +128,18 @@ def test_bad_input(words: list[str], message: str, capsys: pytest.CaptureFixture
 def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--out .*: Is a directory"):
         (tmp_path / "here.toml").mkdir()
-        write_card(tmp_path / "here.toml", {"title": "x", "numbers": numbers(Setting(), MEASURED)})
+        write_card(tmp_path / "here.toml", {"title": "x", "numbers": {}, "parameters": {}})
 
 
 def test_for_people(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from expertmesh.commands import bench_planning
 
     made: Callable[..., Any] = lambda setting, kernels: {  # noqa: E731
-        "title": "this machine", "measured": MEASURED, "numbers": numbers(setting, MEASURED)
+        "title": "this machine", "measured": MEASURED, "numbers": numbers(setting, MEASURED), "parameters": PARAMETERS
     }  # fmt: skip
     monkeypatch.setattr(bench_planning, "bench_machine", made)
     monkeypatch.setattr(bench_planning, "own_kernels", lambda: None)
     monkeypatch.setattr(bench_planning, "check_kernel_memory", lambda: None)
     assert main(["bench", "machine"]) == 0
     out = capsys.readouterr().out
-    assert "float32 0.3 TFLOPS" in out and out.count("\n") == 1 + len(NUMBERS)
+    assert "float32 0.3 TFLOPS" in out and out.count("\n") == 1 + len(NUMBERS) + len(PARAMETERS)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expertmesh import InputError, Topology
-from expertmesh.bench.planned import Case, Grid, bench_planned, roofline, score, share
+from expertmesh.bench.planned import Case, Grid, bench_planned, planner, score, share
 from expertmesh.cli import main
 from expertmesh.llm import demo_model
 from expertmesh.planner.cards import card
@@ -72,8 +72,8 @@ def test_errors_of_two_cases() -> None:
     assert score(rows([1.0], [1.0]))["by_phase"]["prefill"] is None
 
 
-def test_the_roofline_grows_with_everything() -> None:
-    predict = roofline(CARD)
+def test_predictions_grow_with_everything() -> None:
+    predict = planner(CARD)
     base = Case(demo_model(), Topology(1, 1, 1), "none", 4, 1, 256)
     for larger in ({"requests": 64}, {"rows": 64}, {"context": 2048}, {"topology": Topology(1, 2, 1)}):
         assert predict(replace(base, **larger)) > predict(base)

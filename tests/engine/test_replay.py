@@ -34,7 +34,7 @@ def said(outputs: list[Output]) -> list[Any]:
 def anew(request: pytest.FixtureRequest) -> tuple[str, list[Any]]:
     """How weights are kept, and what comes out without tapes."""
     with demo(quantise=request.param) as (llm, runner):
-        runner._replay = None
+        runner.replay = None
         return request.param, said(llm.generate(PROMPTS, PARAMS))
 
 
@@ -49,7 +49,7 @@ def test_requests_that_come_and_go_in_the_middle(anew: tuple[str, list[Any]]) ->
             for other in others:
                 llm.engine.abort(other.id)
             assert said(llm.generate(PROMPTS, PARAMS)) == expected
-        assert runner._replay is not None and runner._replay._tapes
+        assert runner.replay is not None and runner.replay._tapes
 
 
 def test_other_threads_and_other_engines(anew: tuple[str, list[Any]]) -> None:

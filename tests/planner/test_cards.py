@@ -1,12 +1,17 @@
 """Cards: every number is there, plausible and sourced; users' own files; what is refused."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from expertmesh.errors import InputError
-from expertmesh.planner.cards import NUMBERS, Card, card, known_cards
+from expertmesh.mesh.topology import Topology
+from expertmesh.planner.cards import NUMBERS, Card, card, known_cards, read_card
+from expertmesh.planner.costs import decode_step
+from expertmesh.planner.deployment import Decode, Deployment
 from expertmesh.planner.facts import folder
+from expertmesh.planner.models import model
 
 ASKED = {
     "ascend-910b", "ascend-910b-376t", "ascend-910b-280t", "ascend-910c", "h800", "h100", "h20", "h200", "b200",
@@ -93,3 +98,28 @@ def test_unknown_names_say_the_nearest(tmp_path: Path) -> None:
         card("qqqqqq")
     with pytest.raises(InputError, match="No such file"):
         card(str(tmp_path / "none.toml"))
+
+
+def test_parameters_of_a_card_of_ones_own(tmp_path: Path) -> None:
+    text = (folder("cards") / "h800.toml").read_text()
+    own, source = tmp_path / "own.toml", 'source = "measured here"'
+    own.write_text(f"{text}\n[parameters]\nmemory_efficiency = {{ value = 0.9, {source} }}\n")
+    known = read_card(own)
+    assert (
+        known.parameters == {"memory_efficiency": 0.9}
+        and known.sources["memory_efficiency"] == "measured here"
+    )
+    model_ = model("deepseek-v3")
+    times = [
+        decode_step(Deployment(model_, c, Topology(4, 8, 1)), Decode(64, 4000)).seconds
+        for c in (known, card("h800"))
+    ]
+    assert times[0] < times[1]
+    for entry, message in (
+        ("speed = { value = 1, source = 's' }", "speed is no parameter of the cost model"),
+        ("filling = { value = 0, source = 's' }", "filling is 0, not a number above 0"),
+        ("passes = 3", 'passes is not of the form { value = 1, source = "..." }'),
+    ):
+        own.write_text(f"{text}\n[parameters]\n{entry}\n")
+        with pytest.raises(InputError, match=re.escape(message)):
+            read_card(own)
