@@ -20,6 +20,9 @@ from expertmesh.mesh.placement import Ints
 from expertmesh.mesh.topology import Topology
 from expertmesh.mesh.traffic import Algorithm, Traffic, algorithm, traffic
 from expertmesh.planner.cards import Card
+from expertmesh.planner.costs import decode_step
+from expertmesh.planner.deployment import Decode, Deployment
+from expertmesh.planner.formats import WEIGHTS
 from expertmesh.weights import Shard, static_bytes
 
 # Of the memory of the first layout's ranks the weights are so much, where no memory is given: 46.3 of 64 GB, as
@@ -127,7 +130,7 @@ class _Trial:
         flat = self._law(counted.chosen, algorithm("flat"))
         return {
             "counted": self._figures(
-                run.requests, counted.rows, counted.across, counted.inside, counted.touched, card
+                run.requests, counted.rows, counted.across, counted.inside, counted.touched, card, seen=True
             ),
             "predicted": self._figures(
                 requests,
@@ -150,10 +153,18 @@ class _Trial:
         return self.layout.topology.groups
 
     def _figures(
-        self, requests: int, rows_R: Ints, across: float, inside: float, touched: float, card: Card
+        self,
+        requests: int,
+        rows_R: Ints,
+        across: float,
+        inside: float,
+        touched: float,
+        card: Card,
+        seen: bool = False,
     ) -> dict[str, Any]:
         """requests: of a group; rows_R: that each rank's experts compute in the steps that were run; across, inside:
-        bytes of all ranks in a step; touched: the share of experts that have rows."""
+        bytes of all ranks in a step; touched: the share of experts that have rows. seen: the planner is told how uneven
+        the rows were, and does not assume it."""
         c, topology = self.model, self.layout.topology
         tokens, ranks = requests * self._groups, topology.ranks
         rows = rows_R / self.trial.steps
@@ -173,8 +184,21 @@ class _Trial:
             "across_per_token": across / tokens,
             "inside_per_token": inside / tokens,
             "seconds": seconds,
+            "planner_seconds": self._planned(
+                requests, card, float(rows.max() / rows.mean()) if seen else None
+            ),
             "tokens_per_second_and_card": tokens / ranks / seconds["total"],
         }
+
+    def _planned(self, requests: int, card: Card, imbalance: float | None) -> float:
+        """What the planner says of such a step, none of whose experts were placed by loads."""
+        named = {kept.engine: name for name, kept in WEIGHTS.items()}
+        deployment = Deployment(
+            self.model, card, self.layout.topology, redundant=self.trial.redundant,
+            weight_precision=named[self.trial.quantise], exchange=self.trial.exchange, balance="none",
+            imbalance=imbalance,
+        )  # fmt: skip
+        return decode_step(deployment, Decode(requests, self.trial.context)).seconds
 
     @property
     def _weight_size(self) -> float:

@@ -234,6 +234,11 @@ def _scale_table(report: dict[str, Any]) -> str:
         add("step, us", [_pair(x["loads"][load], "seconds", "total", 1e6) for x in layouts], "{:.1f}")
         without = [_pair(x["loads"][load], "seconds", "total_without_starting", 1e6) for x in layouts]
         add("  without an exchange's start, us", without, "{:.3f}")
+        add(
+            "step by the planner, us",
+            [_pair(x["loads"][load], "planner_seconds", None, 1e6) for x in layouts],
+            "{:.1f}",
+        )
     return "\n".join(lines)
 
 
