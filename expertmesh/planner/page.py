@@ -62,7 +62,7 @@ def _best(plan: dict[str, Any]) -> str:
     )
     parts = [("decoding", plan["decode"])] + ([("prefill", plan["prefill"])] if plan["prefill"] else [])
     names = list(plan["decode"])
-    rows = [(name.replace("_", " "), *(str(one[name]) for _, one in parts)) for name in names]
+    rows = [(name.replace("_", " "), *(_said(one[name]) for _, one in parts)) for name in names]
     return f"<p>{escape(said)}</p>" + _table("Layout", ("", *(name for name, _ in parts)), rows)
 
 
@@ -93,6 +93,10 @@ def _front(front: Sequence[dict[str, Any]], best: dict[str, Any]) -> str:
     ]  # fmt: skip
     head = ("layout", "TPOT ms", "tokens/s per user", "tokens/s per card", "TTFT ms", "requests", "bound by")
     return f"<h2>The front</h2>{picture}{_table('Best layout for each latency', head, rows)}"
+
+
+def _said(value: Any) -> str:
+    return ("off", "on")[value] if isinstance(value, bool) else str(value)
 
 
 def _layout(plan: dict[str, Any]) -> str:
