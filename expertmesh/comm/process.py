@@ -161,7 +161,7 @@ class ProcessComm(Comm):
             return None
         # This rank hears of a long part when it is whole: until then the kernel alone knows that more comes.
         unread = sum(peer.unread() for peer in self._peers.values())
-        return [self._moved + unread, sorted(waiting[0].missing)]
+        return [self._moved + unread, sorted(waiting[0].missing), self._count.total()]
 
     def where(self) -> str | None:
         """What this rank waits for, and since when."""

@@ -239,11 +239,11 @@ class Crew:
         still = all(now - max(self._state[r][1], self._asked) > self.timeout for r in waiting)
         if not waiting or not still or any(state == COMPUTING for state, _ in self._state.values()):
             return
-        # Two that wait for each other, where there are such: others wait for them.
+        # Whoever is behind the others holds them up; of several, two that wait for each other.
+        begun = {r: state[2] for r, (state, _) in self._state.items() if isinstance(state, list)}
         pairs = [(a, b) for a, awaited in waiting.items() for b in awaited]
-        a, b = next(
-            ((a, b) for a, b in pairs if (b, a) in pairs), pairs[0] if pairs else (min(waiting), None)
-        )
+        first = min(pairs, key=lambda pair: (begun[pair[0]], pair[::-1] not in pairs), default=None)
+        a, b = first or (min(waiting), None)
         of = f" of {self.describe(b)}" if b is not None else ""
         self._fail(
             a, f"has got nothing{of} in {self.during}, for {self.timeout:g} s now, though both answer: the link "

@@ -16,7 +16,8 @@ from expertmesh.launch.launcher import Spec
 
 ENDED = 1  # exit status of a rank that has ended because another one failed, or that has lost the driver
 IDLE, COMPUTING = "idle", "computing"  # what a rank does that waits for no other
-Waits = list[Any]  # bytes that have come or gone so far, and ranks from which something is awaited
+# Bytes that have come or gone so far, ranks from which something is awaited, and how many exchanges have begun.
+Waits = list[Any]
 Obey = Callable[[Spec], Any]
 
 
