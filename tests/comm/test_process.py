@@ -297,7 +297,7 @@ def test_a_long_part_that_is_on_its_way_shows() -> None:
             came.extend(comm.exchange("dispatch", (0, 1), [PATTERN[:9]] * 2))
 
         def shows(count: int) -> bool:
-            return comm.waits() == [HEADER.size + 9 + count, [1]]
+            return comm.waits() == [HEADER.size + 9 + count, [1], 1]
 
         thread = threading.Thread(target=receive)
         thread.start()
