@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from expertmesh.cli import COMMANDS, main
-from expertmesh.commands.emulate import ELSEWHERE, SPREAD
+from expertmesh.commands.emulate import ELSEWHERE, SPREAD, _check_command
 from expertmesh.emulation.bridge import can_delay
 from tests.support.emulation import EMULATE, LIMIT, Start, emulating, needs_a_cluster, why_not
 
@@ -489,6 +489,11 @@ def test_the_commands_that_it_knows_of() -> None:
         found |= {full: bool(sub.get_default("clustered")) for full, sub in inner or [(name, parser)]}
     assert set(SPREAD) == {name for name, spread in found.items() if spread}
     assert set(ELSEWHERE) == {name for name, spread in found.items() if not spread} - {"doctor"}
+
+
+def test_without_a_command_there_is_nothing_to_refuse() -> None:
+    """It says itself what is missing."""
+    _check_command([], kills=False)
 
 
 def test_missing_tools(

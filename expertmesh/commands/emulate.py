@@ -104,7 +104,7 @@ def _own_command(words: Sequence[str], names: Sequence[str]) -> list[str] | None
 
 def _check_command(words: Sequence[str], kills: bool) -> None:
     """InputError where a command of expertmesh has no use for machines, or no ranks that could be killed."""
-    name = " ".join(words[: 2 if words[0] in ("bench", "plan") else 1])
+    name = " ".join(words[: 2 if words[:1] in (["bench"], ["plan"]) else 1])
     if name in ELSEWHERE:
         raise InputError(
             f"{name} knows one machine only: run it without emulate; on clusters run {', '.join(SPREAD)}"
