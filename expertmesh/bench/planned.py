@@ -22,7 +22,7 @@ from expertmesh.mesh.topology import Topology
 from expertmesh.planner.cards import Card
 from expertmesh.planner.costs import decode_step, prefill_step
 from expertmesh.planner.deployment import Decode, Deployment, Prefill
-from expertmesh.planner.formats import WEIGHTS
+from expertmesh.planner.formats import of_engine
 from expertmesh.request import SamplingParams
 
 PAGE = 32
@@ -193,14 +193,12 @@ def _timed(engine: Engine) -> float:
 def planner(card: Card) -> Predict:
     """What the planner says. card: the whole machine, of which each rank has its share."""
 
-    named = {kept.engine: name for name, kept in WEIGHTS.items()}
-
     def predict(case: Case) -> float:
         deployment = Deployment(
             ModelConfig.from_folder(case.folder),
             share(card, case.topology.ranks),
             case.topology,
-            weight_precision=named[case.quantise],
+            weight_precision=of_engine(case.quantise),
             balance="none",
         )
         if case.decodes:

@@ -28,12 +28,12 @@ FEW, SOME = 1, 16  # requests whose steps tell what is between steps
 
 
 def reached(
-    kernels: Cpu, ceilings: dict[str, float], demo: Engine, rounds: int
+    kernels: Cpu, ceilings: dict[str, float], small: dict[str, float], demo: Engine, rounds: int
 ) -> dict[str, tuple[float, str]]:
-    """By name, with how it was found. demo: an engine of one rank whose steps of decoding run from tapes."""
+    """By name, with how it was found. small: seconds of ops, as `tape_seconds` finds them. demo: an engine of one rank
+    whose steps of decoding run from tapes."""
     peak = max(ceilings["bf16"], ceilings["torch bf16"])
     memory = min(1.0, streaming(kernels, rounds) / ceilings["read"])
-    small = _tape_seconds(kernels, rounds)
     bytes_of_rows = 2 * ROWS * WIDE / (ceilings["read"] * memory)
     moved = NORMS * small["rms_norm"] + SUMS * small["add"]
     between, request = _between(demo, rounds)
@@ -55,11 +55,6 @@ def reached(
         "step_us": (1e6 * between, f"{how}: a step of the demo model, less the ops on its tape"),
         "request_us": (1e6 * request, f"{how}: of {SOME} requests, as the step"),
     }
-
-
-def op_seconds(kernels: Cpu, rounds: int) -> float:
-    """Of an op whose threads wait for each other as they do in a layer, with next to nothing to compute."""
-    return _tape_seconds(kernels, rounds)["swiglu"]
 
 
 def streaming(kernels: Cpu, rounds: int) -> float:
@@ -96,8 +91,9 @@ def attending(kernels: Cpu, rounds: int) -> float:
     return 2 * SEQUENCES * CONTEXT * HEADS * (2 * LATENT + ROPE) / seconds
 
 
-def _tape_seconds(kernels: Cpu, rounds: int) -> dict[str, float]:
-    """Of an op, one after the other on a tape."""
+def tape_seconds(kernels: Cpu, rounds: int) -> dict[str, float]:
+    """Of ops of which many stand on a tape: "swiglu" with next to nothing to compute, "rms_norm" and "add" of many
+    rows."""
     one, many, norm = random_numbers(1, 64), random_numbers(ROWS, WIDE), random_numbers(WIDE)
     up, down = (
         keep(kernels, PRECISIONS["bf16"], random_numbers(rows, 64), s) for rows, s in ((128, 2), (64, 1))

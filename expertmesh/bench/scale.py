@@ -22,7 +22,7 @@ from expertmesh.mesh.traffic import Algorithm, Traffic, algorithm, traffic
 from expertmesh.planner.cards import Card
 from expertmesh.planner.costs import decode_step
 from expertmesh.planner.deployment import Decode, Deployment
-from expertmesh.planner.formats import WEIGHTS
+from expertmesh.planner.formats import of_engine
 from expertmesh.weights import Shard, static_bytes
 
 # Of the memory of the first layout's ranks the weights are so much, where no memory is given: 46.3 of 64 GB, as
@@ -192,10 +192,9 @@ class _Trial:
 
     def _planned(self, requests: int, card: Card, imbalance: float | None) -> float:
         """What the planner says of such a step, none of whose experts were placed by loads."""
-        named = {kept.engine: name for name, kept in WEIGHTS.items()}
         deployment = Deployment(
             self.model, card, self.layout.topology, redundant=self.trial.redundant,
-            weight_precision=named[self.trial.quantise], exchange=self.trial.exchange, balance="none",
+            weight_precision=of_engine(self.trial.quantise), exchange=self.trial.exchange, balance="none",
             imbalance=imbalance,
         )  # fmt: skip
         return decode_step(deployment, Decode(requests, self.trial.context)).seconds

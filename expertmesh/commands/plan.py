@@ -43,10 +43,7 @@ def _predict(args: argparse.Namespace) -> int:
     if args.out is None:
         print(text.getvalue(), end="")
         return 0
-    try:
-        args.out.write_text(text.getvalue(), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{args.out}: {error.strerror}; give a file that can be written") from None
+    plan_search.write(args.out, text.getvalue())
     return 0
 
 

@@ -164,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
     replayed = None if args.simulate is None else _simulated(plans[0], args.simulate)
     document["simulation"] = replayed and asdict(replayed)
     if args.plot:
-        _write(args.plot, page(document))
+        write(args.plot, page(document))
     print(json.dumps(document) if args.json else _text(document))
     if replayed and not args.json:
         print(f"\nRequests that come as {args.simulate} says, one by one:\n{report_text(replayed)}")
@@ -281,7 +281,8 @@ def _pinned(args: argparse.Namespace) -> dict[str, Any]:
     return pinned
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
+    """InputError where it cannot be."""
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -235,14 +235,13 @@ class Crew:
 
     def _check_stall(self, now: float) -> None:
         """Ranks that all hear the driver, and wait for each other while nothing comes through and none computes."""
-        waiting = {r: state[1] for r, (state, _) in self._state.items() if isinstance(state, list)}
+        waiting = {r: state for r, (state, _) in self._state.items() if isinstance(state, list)}
         still = all(now - max(self._state[r][1], self._asked) > self.timeout for r in waiting)
         if not waiting or not still or any(state == COMPUTING for state, _ in self._state.values()):
             return
         # Whoever is behind the others holds them up; of several, two that wait for each other.
-        begun = {r: state[2] for r, (state, _) in self._state.items() if isinstance(state, list)}
-        pairs = [(a, b) for a, awaited in waiting.items() for b in awaited]
-        first = min(pairs, key=lambda pair: (begun[pair[0]], pair[::-1] not in pairs), default=None)
+        pairs = [(a, b) for a, (_, awaited, _) in waiting.items() for b in awaited]
+        first = min(pairs, key=lambda pair: (waiting[pair[0]][2], pair[::-1] not in pairs), default=None)
         a, b = first or (min(waiting), None)
         of = f" of {self.describe(b)}" if b is not None else ""
         self._fail(

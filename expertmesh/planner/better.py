@@ -11,6 +11,7 @@ from expertmesh.planner.formats import WEIGHTS
 from expertmesh.planner.memory import most_requests
 from expertmesh.planner.parameters import Parameters
 from expertmesh.planner.serving import Outcome, Service, Workload, serve
+from expertmesh.planner.space import divisors
 
 EXCHANGES = ("flat", "two_tier", "two_tier_int8", "two_tier_int8_both")
 HALVINGS = 9  # of the interval in which the number of requests is sought
@@ -66,9 +67,10 @@ def layouts(start: Deployment) -> Iterator[Deployment]:
     """All with another attention TP, exchange, overlap, or number of redundant slots: the last only where imbalance is
     modelled, for where it is given they only take memory."""
     t = start.topology
-    splits = [tp for tp in range(1, t.cards_per_node + 1) if t.cards_per_node % tp == 0]
     redundant = {start.redundant, 0, start.ranks} if start.imbalance is None else {start.redundant}
-    for tp, exchange, overlap, slots in product(splits, EXCHANGES, (False, True), sorted(redundant)):
+    for tp, exchange, overlap, slots in product(
+        divisors(t.cards_per_node), EXCHANGES, (False, True), sorted(redundant)
+    ):
         topology = Topology(t.nodes, t.cards_per_node, tp)
         try:
             d = replace(start, topology=topology, exchange=exchange, overlap=overlap, redundant=slots)

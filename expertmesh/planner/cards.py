@@ -2,7 +2,8 @@
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -10,6 +11,8 @@ from expertmesh.config.model import fits
 from expertmesh.errors import InputError
 from expertmesh.planner.facts import fitting, folder, plain, unknown
 from expertmesh.planner.parameters import NAMES as PARAMETERS
+from expertmesh.planner.parameters import Parameters
+from expertmesh.planner.parameters import parameters as fitted
 
 Arithmetic: TypeAlias = Literal["bf16", "fp8", "int8", "fp4"]
 
@@ -53,6 +56,11 @@ class Card:
     @property
     def ranks_per_node(self) -> int:
         return self.cards_per_node * self.dies_per_card
+
+    @cached_property
+    def reached(self) -> Parameters:
+        """Of the cost model: what is known of this card, and what was fitted on all."""
+        return replace(fitted(), **self.parameters)
 
     def tflops(self, arithmetic: Arithmetic) -> float:
         """Dense peak; of numbers that the hardware cannot multiply, that of the bfloat16 they are made."""

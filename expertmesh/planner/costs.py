@@ -9,7 +9,7 @@ from expertmesh.planner.deployment import Decode, Deployment, Load, Prefill
 from expertmesh.planner.exchange import collective, exchange
 from expertmesh.planner.formats import CACHES, weight_bytes
 from expertmesh.planner.imbalance import busiest, imbalance, used
-from expertmesh.planner.parameters import Parameters, parameters_with
+from expertmesh.planner.parameters import Parameters
 from expertmesh.planner.schedule import two_batches
 from expertmesh.planner.work import Bound, Part, Rates, joined
 
@@ -60,7 +60,7 @@ class _Rows:
 
 def decode_step(deployment: Deployment, load: Decode, p: Parameters | None = None) -> Step:
     """One step of decoding, drafts and their check included."""
-    rates = Rates(deployment.card, p or parameters_with(deployment.card.parameters))
+    rates = Rates(deployment.card, p or deployment.card.reached)
     rows = load.batch * (1 + deployment.drafts)
     parts, seconds = _main(rates, deployment, load)
     extra = [_between(rates, load.batch, deployment)]
@@ -72,7 +72,7 @@ def decode_step(deployment: Deployment, load: Decode, p: Parameters | None = Non
 
 def prefill_step(deployment: Deployment, load: Prefill, p: Parameters | None = None) -> Step:
     """One step of prefill: so many tokens of prompts on each rank."""
-    rates = Rates(deployment.card, p or parameters_with(deployment.card.parameters))
+    rates = Rates(deployment.card, p or deployment.card.reached)
     parts, seconds = _main(rates, deployment, load)
     tokens = load.tokens * deployment.topology.tp
     extra = _between(rates, tokens / (load.length - load.cached), deployment)

@@ -58,7 +58,7 @@ def _none(total: float, some: float, chosen: int) -> float:
 @dataclass(frozen=True)
 class Copies:
     """Of one token: rows that leave its domain, and rows that go to other ranks inside the domain where they arrive or
-    start; slots: chosen ones, of each of which a message tells."""
+    start."""
 
     across: float
     node: float

@@ -50,6 +50,11 @@ def weights(name: str) -> Weights:
     return WEIGHTS[known]
 
 
+def of_engine(quantise: str) -> str:
+    """The name here of what the engine calls so."""
+    return next(kept.name for kept in WEIGHTS.values() if kept.engine == quantise)
+
+
 def weight_bytes(form: Format) -> float:
     """Bytes of one weight, its share of a scale included."""
     if form is PLAIN:

@@ -1,8 +1,7 @@
 """The few numbers of the cost model that are fitted, not published."""
 
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
@@ -53,11 +52,6 @@ def parameters() -> Parameters:
     """The fitted ones."""
     table = tomllib.loads(parameters_file().read_text(encoding="utf-8"))
     return Parameters(**{name: float(table[name]["value"]) for name in NAMES})
-
-
-def parameters_with(known: Mapping[str, float]) -> Parameters:
-    """The fitted ones, but for those that are known of a card (`cards.Card.known`)."""
-    return replace(parameters(), **known) if known else parameters()
 
 
 def bounds() -> dict[str, Bounds]:

@@ -9,7 +9,7 @@ from expertmesh.planner.costs import accepted_tokens, decode_step
 from expertmesh.planner.deployment import Decode, Deployment
 from expertmesh.planner.memory import most_requests
 from expertmesh.planner.parameters import Parameters
-from expertmesh.planner.serving import CHUNK, Apart, Outcome, Service, Together, Workload, steady
+from expertmesh.planner.serving import Apart, Outcome, Service, Together, Workload, chunk, steady
 from expertmesh.planner.space import Mode
 
 MOST_USE = 0.9  # of prefill that has ranks of its own: fuller, requests would wait for long
@@ -129,7 +129,7 @@ def fitted(
 
 def prompts_of_a_step(d: Deployment, length: float) -> float:
     """Tokens in the cache for the prompts of a full step of a TP group."""
-    return max(length, CHUNK / d.card.dies_per_card * d.topology.tp // length * length)
+    return max(length, chunk(d) // length * length)
 
 
 def front(plans: Sequence[Plan]) -> list[Plan]:

@@ -7,9 +7,9 @@ from expertmesh.planner.deployment import COLLECTIVE, Deployment
 from expertmesh.planner.exchange import crossing_bytes
 from expertmesh.planner.imbalance import imbalance, systematic
 from expertmesh.planner.memory import RESERVED, cache_bytes, static_memory, workspace_bytes
-from expertmesh.planner.parameters import Parameters, parameters_with
+from expertmesh.planner.parameters import Parameters
 from expertmesh.planner.plans import MOST_USE, Limits, Plan, prompts_of_a_step
-from expertmesh.planner.serving import CHUNK
+from expertmesh.planner.serving import chunk
 from expertmesh.planner.starting import lines, notes
 
 CLOSE = 0.985  # of a limit, at which it is what decides
@@ -17,7 +17,7 @@ CLOSE = 0.985  # of a limit, at which it is what decides
 
 def report(plan: Plan, limits: Limits, model: str, p: Parameters | None = None) -> dict[str, Any]:
     """A plan. GB are 1e9 bytes; tokens are of output."""
-    service, p = plan.service, p or parameters_with(plan.service.decode.card.parameters)
+    service, p = plan.service, p or plan.service.decode.card.reached
     there = service.prefill
     return {
         "mode": plan.mode,
@@ -101,7 +101,7 @@ def memory(d: Deployment, batch: float, context: float) -> dict[str, float]:
 
 def prefill_memory(d: Deployment, length: float) -> dict[str, float]:
     """Of one rank that prefills only: the cache of the prompts of a step."""
-    rows = CHUNK / d.card.dies_per_card
+    rows = chunk(d) / d.topology.tp
     return _memory(d, prompts_of_a_step(d, length) * cache_bytes(d), workspace_bytes(d, rows))
 
 

@@ -102,7 +102,7 @@ def shape(text: str, ranks: int) -> Shape | None:
     sizes = {
         k.upper(): int(v) for k, v in re.findall(r"(?<![A-Za-z])(TP|DP|EP)\s?(\d+)", text, re.IGNORECASE)
     }
-    many = re.search(r"\b(\d+)\s*(?:x|instances)\b\s*x?\s*\(", text) or re.search(r"^(\d+)x\(", text)
+    many = re.search(r"\b(\d+)\s*(?:x|instances)\b\s*x?\s*\(", text)
     instances = int(many[1]) if many else None
     if not sizes:
         return None
@@ -144,7 +144,7 @@ def deployment(row: Row, this: Card, found: Shape, phase: str) -> Deployment:
     precision = row["weight_prec"].strip().lower()
     eight = {"int8": "int8", "w4a8": "int8", "w8a8": "int8", "bf16": None}.get(precision, "fp8")
     whole = found.experts is None or found.experts > 1
-    split = "expert" if whole and (found.experts or found.groups) > 1 else "tensor"
+    by_expert = whole and (found.experts or found.groups) > 1
     alone = found.groups == 1
     drafts, accepted = _drafts(row) if phase == "decode" else (0, None)
     near = min(found.ranks, this.domain_ranks)
@@ -152,8 +152,8 @@ def deployment(row: Row, this: Card, found: Shape, phase: str) -> Deployment:
         model(row["model"]),
         this,
         _topology(found, near),
-        expert_split="expert" if split == "expert" else "tensor",
-        redundant=(_count(row, "redundant") or 0) if split == "expert" else 0,
+        expert_split="expert" if by_expert else "tensor",
+        redundant=(_count(row, "redundant") or 0) if by_expert else 0,
         weight_precision=precision,
         cache_precision=_cache(row),
         exchange="collective" if alone else "flat" if phase == "decode" else "two_tier",

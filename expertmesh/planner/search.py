@@ -17,7 +17,7 @@ from expertmesh.planner.deployment import Decode, Deployment
 from expertmesh.planner.memory import cache_bytes, most_requests, room
 from expertmesh.planner.parameters import Parameters
 from expertmesh.planner.plans import MOST_USE, NEAR, Limits, Plan, answer, fitted, fullest, prompts_of_a_step
-from expertmesh.planner.serving import ADMISSION, CHUNK, Service, Workload, prefill_rate, prefill_time, steady
+from expertmesh.planner.serving import ADMISSION, Service, Workload, chunk, prefill_rate, prefill_time, steady
 from expertmesh.planner.space import Mode, Space
 
 COARSE = 0.02  # gain for which a layout takes another's place, where there are many limits
@@ -220,7 +220,7 @@ class Search:
 
     def prefills(self, d: Deployment) -> bool:
         """Whether memory holds the rows of a full step, and the cache of its prompts."""
-        return room(d, CHUNK / d.card.dies_per_card) >= prompts_of_a_step(d, self.work.input) * cache_bytes(d)
+        return room(d, chunk(d) / d.topology.tp) >= prompts_of_a_step(d, self.work.input) * cache_bytes(d)
 
     def most_use(self, d: Deployment) -> float:
         """Share of the time that prefill may be busy: requests wait for it as for one server (M/D/1)."""

@@ -7,12 +7,17 @@ from functools import lru_cache
 from expertmesh.errors import InputError
 from expertmesh.planner.costs import Step, accepted_tokens, decode_step, prefill_step
 from expertmesh.planner.deployment import Decode, Deployment, Prefill
-from expertmesh.planner.parameters import Parameters, parameters_with
+from expertmesh.planner.parameters import Parameters
 
 CHUNK = 16384  # most tokens of prompts that a card takes in one step
 # Seconds from a request's arrival to its first token, beside prefill: at 4 requests of 1,024 tokens 0.26 to 0.31 are
 # published (InferenceX, TP8 of H200), of which prefill takes a tenth.
 ADMISSION = 0.2
+
+
+def chunk(d: Deployment) -> float:
+    """Most tokens of prompts that a TP group takes in one step."""
+    return CHUNK / d.card.dies_per_card * d.topology.tp
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def prefill_time(
 ) -> float:
     """Seconds of a step in which each TP group computes so many prompts; None: as many as a full step has room for."""
     new = work.input - work.cached
-    most = CHUNK / d.card.dies_per_card * d.topology.tp
+    most = chunk(d)
     count = max(1.0, most // new) if prompts is None else prompts
     steps = max(1.0, count * new / most)
     step = prefill_step(d, Prefill(count * new / steps / d.topology.tp, work.input, work.cached), p)
@@ -89,8 +94,8 @@ def prefill_rate(d: Deployment, work: Workload, p: Parameters | None = None) -> 
 @lru_cache
 def _prefill_rate(d: Deployment, work: Workload, p: Parameters | None) -> float:
     new = work.input - work.cached
-    count = max(1.0, CHUNK / d.card.dies_per_card * d.topology.tp // new)
-    filled = (p or parameters_with(d.card.parameters)).filling if d.topology.groups > 1 else 1.0
+    count = max(1.0, chunk(d) // new)
+    filled = (p or d.card.reached).filling if d.topology.groups > 1 else 1.0
     return filled * count * d.topology.groups / prefill_time(d, work, p, count)
 
 

@@ -16,8 +16,9 @@ from expertmesh.planner.costs import accepted_tokens
 from expertmesh.planner.deployment import Deployment
 from expertmesh.planner.instance import Instance, Request
 from expertmesh.planner.memory import cache_bytes, room
-from expertmesh.planner.parameters import Parameters, parameters_with
-from expertmesh.planner.serving import ADMISSION, CHUNK, Service
+from expertmesh.planner.parameters import Parameters
+from expertmesh.planner.serving import ADMISSION, Service
+from expertmesh.planner.serving import chunk as full_chunk
 
 PAGE = 128  # tokens
 
@@ -85,7 +86,7 @@ def simulate(
 
     def instances(d: Deployment, number: int) -> list[Instance]:
         pages = pages_of(d, page)
-        budget = CHUNK / d.card.dies_per_card * d.topology.tp if chunk is None else chunk
+        budget = full_chunk(d) if chunk is None else chunk
         clock = Clock(d, p)
         return [Instance(d.topology.groups, pages, page, budget, gather, clock) for _ in range(number)]
 
@@ -111,9 +112,7 @@ class _Simulation:
         self, decode: Deployment, entry: list[Instance], decoding: list[Instance], seed: int, p: Parameters | None
     ) -> None:  # fmt: skip
         self._decode, self._entry, self._decoding = decode, entry, decoding
-        self._link = (
-            decode.card.across_gbs * 1e9 * (p or parameters_with(decode.card.parameters)).link_efficiency
-        )
+        self._link = decode.card.across_gbs * 1e9 * (p or decode.card.reached).link_efficiency
         self._rng, self._accepted = np.random.default_rng(seed), _acceptance(decode)
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._order, self._numbers = count(), count()

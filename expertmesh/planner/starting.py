@@ -7,7 +7,7 @@ from expertmesh.mesh.traffic import ALGORITHMS
 from expertmesh.planner.deployment import Deployment
 from expertmesh.planner.memory import cache_bytes
 from expertmesh.planner.plans import Plan
-from expertmesh.planner.serving import CHUNK
+from expertmesh.planner.serving import chunk
 
 ENGINE_CACHE = "bf16"
 
@@ -18,13 +18,12 @@ def lines(plan: Plan, model: str) -> Iterator[str]:
     batch = max(1, ceil(plan.outcome.batch))
     yield _line(service.decode, model, batch, work.input + work.output, plan.work.context)
     if service.prefill is not None:
-        tokens = CHUNK / service.prefill.card.dies_per_card * service.prefill.topology.tp
-        yield _line(service.prefill, model, max(1, int(tokens // work.input)), work.input + 1, work.input)
+        batch = max(1, int(chunk(service.prefill) // work.input))
+        yield _line(service.prefill, model, batch, work.input + 1, work.input)
 
 
 def _line(d: Deployment, model: str, batch: int, longest: float, context: float) -> str:
     topology = d.topology
-    chunk = int(CHUNK / d.card.dies_per_card * topology.tp)
     options = {
         "--quantise": d.weights.engine or "none",
         "--nodes": topology.nodes,
@@ -36,7 +35,7 @@ def _line(d: Deployment, model: str, batch: int, longest: float, context: float)
         "--overlap": "on" if d.overlap else "off",
         "--max-context": ceil(longest),
         "--max-batch-requests": batch,
-        "--max-batch-tokens": max(chunk, batch),
+        "--max-batch-tokens": max(int(chunk(d)), batch),
         "--cache-tokens": max(ceil(longest), ceil(batch * context)),
     }
     if d.redundant and d.balance != "none":

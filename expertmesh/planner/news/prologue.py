@@ -7,7 +7,7 @@ from expertmesh.planner.deployment import Deployment
 from expertmesh.planner.formats import weight_bytes
 from expertmesh.planner.news.claims import Claim, Finding
 from expertmesh.planner.news.setting import MANY, STEP_TOKENS, News, change
-from expertmesh.planner.parameters import Parameters, parameters_with
+from expertmesh.planner.parameters import Parameters
 from expertmesh.planner.work import Rates
 
 
@@ -70,10 +70,7 @@ def operators(deployment: Deployment, rows: float) -> tuple[Operator, ...]:
 def apart_and_fused(deployment: Deployment, rows: float, p: Parameters | None = None) -> tuple[float, float]:
     """Seconds of these operators one after the other, and of one kernel that reads hidden states and all weights once
     and writes queries and cache."""
-    rates, every = (
-        Rates(deployment.card, p or parameters_with(deployment.card.parameters)),
-        operators(deployment, rows),
-    )
+    rates, every = Rates(deployment.card, p or deployment.card.reached), operators(deployment, rows)
     apart = sum(_seconds(rates, o, rows) for o in every)
     m = deployment.model
     queries = m.num_attention_heads / deployment.topology.tp * m.latent_dim
