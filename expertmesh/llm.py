@@ -5,17 +5,15 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from expertmesh.config import EngineConfig
 from expertmesh.engine.engine import Engine
+from expertmesh.engine.intake import Prompt
 from expertmesh.errors import InputError
 from expertmesh.launch.launcher import Launcher
 from expertmesh.mesh.topology import Topology
 from expertmesh.request import Output, SamplingParams
-
-# A text, token ids, or chat messages.
-Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
 def demo_model() -> Path:
@@ -69,7 +67,7 @@ class LLM:
 
     def default_params(self, **changes: Any) -> SamplingParams:
         """What the checkpoint recommends in generation_config.json, with these changes."""
-        return self.engine.default_params(**changes)
+        return self.engine.intake.default_params(**changes)
 
     def generate(
         self,
@@ -95,7 +93,7 @@ class LLM:
             raise InputError(f"{len(many)} prompts, but {len(each)} sampling parameters")
         tokens = [self.tokens(prompt) for prompt in many]
         for ids, one in zip(tokens, each, strict=True):
-            self.engine.check(ids, one)
+            self.engine.intake.check(ids, one)
         call = f"call{next(self._calls)}"
         inbox = self._inboxes[call] = deque()
         waiting = {f"{call}-{i}" for i in range(len(many))}
@@ -123,26 +121,7 @@ class LLM:
 
     def tokens(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, special tokens and chat template applied."""
-        form = _form(prompt)
-        if form == "ids":
-            return list(prompt)  # type: ignore[arg-type]
-        if self.engine.tokenizer is None:
-            raise InputError(f"{self.folder}: has no tokenizer.json, so prompts must be token ids")
-        if form == "text":
-            return self.engine.tokenizer.encode(prompt)  # type: ignore[arg-type]
-        return self.engine.tokenizer.chat(prompt)  # type: ignore[arg-type]
-
-
-def _form(prompt: object) -> Literal["text", "ids", "chat"]:
-    """What kind of prompt this is. InputError where it is none."""
-    if isinstance(prompt, str):
-        return "text"
-    if isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
-        if all(isinstance(item, int) for item in prompt):
-            return "ids"
-        if all(isinstance(item, Mapping) for item in prompt):
-            return "chat"
-    raise InputError(f"a prompt must be a text, token ids or chat messages, not {str(prompt)[:60]!r}")
+        return self.engine.intake.tokens(prompt)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -251,7 +251,9 @@ class Thinking:
 
     def __init__(self) -> None:
         tokenizer = SimpleNamespace(has_chat_template=True, render=lambda messages: "...<think>\n")
-        self.engine = SimpleNamespace(tokenizer=tokenizer, config=SimpleNamespace(max_context=9))
+        self.engine = SimpleNamespace(
+            intake=SimpleNamespace(tokenizer=tokenizer), config=SimpleNamespace(max_context=9)
+        )
         self.asked: list[list[dict[str, str]]] = []
         self.params: dict[str, Any] = {}
 

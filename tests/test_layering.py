@@ -20,6 +20,7 @@ SOURCES = {
 }
 TOP = {name.split(".")[1] for name in SOURCES if name.count(".") > 0} - {"__init__", "__main__"}
 PLANNING = [
+    "engine.intake",
     "engine.scheduler",
     "engine.cache",
     "engine.groups",

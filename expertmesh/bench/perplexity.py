@@ -29,7 +29,7 @@ def written(model: Path | None, prompts: Sequence[str], times: int = 1) -> list[
 
 def cut(llm: LLM, text: str, most: int) -> list[Text]:
     """Rows of the first `most` tokens of a text; a row's first token is not judged."""
-    tokens = llm.engine.tokenizer.encode(text)[:most] if llm.engine.tokenizer else []
+    tokens = llm.engine.intake.tokenizer.encode(text)[:most] if llm.engine.intake.tokenizer else []
     return [(row[:1], row[1:]) for i in range(0, len(tokens), ROW) if len(row := tokens[i : i + ROW]) > 1]
 
 

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _talk(llm: LLM, args: argparse.Namespace, sampling: dict[str, Any]) -> int:
-    if llm.engine.tokenizer is None or not llm.engine.tokenizer.has_chat_template:
+    if llm.engine.intake.tokenizer is None or not llm.engine.intake.tokenizer.has_chat_template:
         raise InputError(f"{llm.folder}: has no chat template; use `expertmesh generate`")
     # An answer may be as long as the context allows.
     params = llm.default_params(**{"max_tokens": llm.engine.config.max_context, **sampling})
@@ -55,10 +55,10 @@ def _talk(llm: LLM, args: argparse.Namespace, sampling: dict[str, Any]) -> int:
 
 def _answer(llm: LLM, messages: list[dict[str, str]], params: SamplingParams) -> str:
     """Stream an answer; what the model thinks before it is shown dim and is not part of the conversation."""
-    assert llm.engine.tokenizer is not None
+    assert llm.engine.intake.tokenizer is not None
     color = sys.stdout.isatty()
     text = ""
-    thinking = llm.engine.tokenizer.render(messages).rstrip().endswith("<think>")
+    thinking = llm.engine.intake.tokenizer.render(messages).rstrip().endswith("<think>")
     print(DIM if color and thinking else "", end="")
     try:
         for output in llm.stream([messages], params):

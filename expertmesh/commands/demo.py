@@ -46,10 +46,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(llm: LLM, loaded: float, args: argparse.Namespace) -> None:
-    if llm.engine.tokenizer is None:
+    if llm.engine.intake.tokenizer is None:
         raise InputError(f"{llm.folder}: has no tokenizer.json, so it cannot write")
     parts = {name: _write(llm, name, prompt, args) for name, prompt in PROMPTS.items()}
-    if llm.engine.tokenizer.has_chat_template:
+    if llm.engine.intake.tokenizer.has_chat_template:
         parts["chat"] = _write(llm, "chat", CHAT, args)
     _report(llm, loaded, parts)
 

@@ -18,8 +18,9 @@ from expertmesh.commands.loading import (
     load_llm,
 )
 from expertmesh.commands.options import add_sampling, given_sampling
+from expertmesh.engine.intake import Prompt
 from expertmesh.errors import InputError
-from expertmesh.llm import LLM, Prompt
+from expertmesh.llm import LLM
 from expertmesh.mesh.loads import Loads
 from expertmesh.request import Output, SamplingParams
 
@@ -137,7 +138,7 @@ def _print_as_it_comes(llm: LLM, prompts: list[Prompt], params: SamplingParams) 
     last: list[Output] = []
     for output in llm.stream(prompts, params):
         last = [output]
-        if llm.engine.tokenizer is None:
+        if llm.engine.intake.tokenizer is None:
             print(output.token_ids[-1] if output.token_ids else "", end=" ", flush=True)
         else:
             print(output.delta, end="", flush=True)

@@ -6,13 +6,13 @@ import secrets
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from expertmesh.config import EngineConfig, ModelConfig, read_object
+from expertmesh.config import EngineConfig, ModelConfig
 from expertmesh.engine.balancer import Balancer
 from expertmesh.engine.cache import PageCache
 from expertmesh.engine.checkpoint import open_checkpoint
 from expertmesh.engine.groups import Groups
+from expertmesh.engine.intake import Intake
 from expertmesh.engine.interrupts import held_back
 from expertmesh.engine.plan import Planner
 from expertmesh.engine.processes import ProcessRanks
@@ -20,7 +20,6 @@ from expertmesh.engine.ranks import Ranks, ThreadRanks
 from expertmesh.engine.sampler import fold_seed
 from expertmesh.engine.scheduler import Scheduler
 from expertmesh.engine.text import OutputText
-from expertmesh.engine.tokenizer import Tokenizer
 from expertmesh.errors import InputError
 from expertmesh.kernels import kernels_for
 from expertmesh.launch.launcher import Launcher
@@ -43,8 +42,7 @@ class Engine:
     ) -> None:
         self.model = ModelConfig.from_folder(folder)
         self.layout = Layout.of(self.model, topology or Topology(), config.exchange, config.redundant)
-        self.generation = _generation_config(folder)
-        self.tokenizer = Tokenizer.of(folder, self.model.vocab_size)
+        intake = Intake.of(folder, self.model)
         checkpoint = open_checkpoint(folder, self.model)
         kernels = kernels_for("cpu", config.dtype_of(self.model), config.strict)
         if kernels.lacking and config.quantise != "none":
@@ -62,7 +60,8 @@ class Engine:
         self.planner = self.new_planner(self.config.overlap)
         self.balancer = self._new_balancer()
         self.scheduler = Groups([_scheduler(self.config) for _ in range(self.layout.topology.groups)])
-        self.eos = frozenset(self._eos_ids())
+        assert self.config.max_context  # resolved
+        self.intake = intake.limited(self.config.max_context)
         self._texts: dict[str, OutputText] = {}
         self._prompts: dict[str, str | None] = {}
         self._requests: dict[str, Request] = {}
@@ -94,26 +93,6 @@ class Engine:
     def busy(self) -> bool:
         return self.scheduler.busy
 
-    def default_params(self, **changes: Any) -> SamplingParams:
-        """Sampling parameters that the checkpoint recommends in generation_config.json, with these changes."""
-        given = {k: v for k, v in self.generation.items() if k in _GENERATION_FIELDS and v is not None}
-        if self.generation.get("do_sample") is False:
-            given["temperature"] = 0.0
-        return SamplingParams(**(given | {k: v for k, v in changes.items() if v is not None}))
-
-    def check(self, tokens: Sequence[int], params: SamplingParams) -> None:
-        """InputError where this request could not run."""
-        vocabulary = range(self.model.vocab_size)
-        wrong = [t for t in tokens if not isinstance(t, int) or isinstance(t, bool) or t not in vocabulary]
-        if wrong:
-            raise InputError(f"token id {wrong[0]!r} is outside the vocabulary of {self.model.vocab_size}")
-        if params.stop and self.tokenizer is None:
-            raise InputError("stop texts need a tokenizer, and this checkpoint has none; use stop_token_ids")
-        for name in ("logprobs", "prompt_logprobs"):
-            if (getattr(params, name) or 0) > self.model.vocab_size:
-                raise InputError(f"{name} is more than the vocabulary of {self.model.vocab_size}")
-        self.scheduler.check_length(len(tokens), params.max_tokens)
-
     def submit(
         self,
         tokens: Sequence[int],
@@ -122,16 +101,17 @@ class Engine:
         prompt: str | None = None,
     ) -> Request:
         """Queue a request. InputError where it could not run, and then nothing has changed."""
-        self.check(tokens, params)
+        self.intake.check(tokens, params)
         if request_id is None:
             request_id = next(key for n in self._ids if (key := f"r{n}") not in self._requests)
         if request_id in self._requests:
             raise InputError(f"request id {request_id!r} is in use")
         seed = fold_seed(params.seed) if params.seed is not None else secrets.randbits(63)
-        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos)
+        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.intake.eos)
         request = Request(request_id, list(tokens), len(tokens), params, seed, stop_ids)
         self.scheduler.add(request)
-        self._texts[request_id] = OutputText(self.tokenizer.stream() if self.tokenizer else None, params.stop)
+        tokenizer = self.intake.tokenizer
+        self._texts[request_id] = OutputText(tokenizer.stream() if tokenizer else None, params.stop)
         self._prompts[request_id] = prompt
         self._requests[request_id] = request
         return request
@@ -205,31 +185,9 @@ class Engine:
         for table in (self._texts, self._prompts, self._requests):
             table.pop(request_id, None)
 
-    def _eos_ids(self) -> set[int]:
-        eos = self.generation.get("eos_token_id")
-        ids = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
-        ids |= set(self.model.eos_token_ids) if not ids else set()
-        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
-            ids.add(self.tokenizer.eos_token_id)
-        return ids
-
 
 def _scheduler(c: EngineConfig) -> Scheduler:
     """Scheduler and cache of one TP group."""
     assert c.cache_tokens and c.max_context and c.chunk  # resolved
     cache = PageCache(c.cache_tokens // c.page_size, c.page_size, c.prefix_cache)
     return Scheduler(cache, c.max_batch_tokens, c.max_batch_requests, c.chunk, c.max_context)
-
-
-_GENERATION_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-
-
-def _generation_config(folder: Path) -> dict[str, Any]:
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return {}
-    data = read_object(path)
-    eos = data.get("eos_token_id")
-    if not all(isinstance(token, int) for token in (eos if isinstance(eos, list) else [eos or 0])):
-        raise InputError(f"{path}: eos_token_id is {eos!r}, neither a token id nor a list of them")
-    return data

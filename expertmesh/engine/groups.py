@@ -26,10 +26,6 @@ class Groups:
         """Pages of all caches that some request holds."""
         return sum(s.cache.pages - s.cache.free for s in self.schedulers)
 
-    def check_length(self, length: int, max_tokens: int) -> None:
-        """InputError where no group could run it; they are alike."""
-        self.schedulers[0].check_length(length, max_tokens)
-
     def add(self, request: Request) -> None:
         """To the group with the fewest requests; of several to the one that knows most of its beginning."""
         fewest = min(s.requests for s in self.schedulers)

@@ -41,20 +41,10 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request. InputError where it can never run."""
-        self.check_length(len(request.tokens), request.params.max_tokens)
+        check_length(len(request.tokens), request.params.max_tokens, self.max_context)
         request.arrival = self._arrivals
         self._arrivals += 1
         self.waiting.append(request)
-
-    def check_length(self, length: int, max_tokens: int) -> None:
-        """InputError where a prompt of this length leaves no room for an output."""
-        if length == 0:
-            raise InputError("the prompt is empty; give at least one token")
-        if length >= self.max_context + (max_tokens == 0):
-            raise InputError(
-                f"the prompt has {length} tokens, but the context holds {self.max_context}, output included; "
-                "shorten the prompt, or raise max_context or cache_tokens if the model has more positions"
-            )
 
     def abort(self, request: Request) -> None:
         if request.finish_reason is None:
@@ -181,3 +171,14 @@ class Scheduler:
             name = hash_page(before, request.tokens[index * size : (index + 1) * size])
             request.page_hashes.append(name)
             self.cache.register(request.pages[index], name)
+
+
+def check_length(length: int, max_tokens: int, max_context: int) -> None:
+    """InputError where a prompt of this length leaves no room for an output."""
+    if length == 0:
+        raise InputError("the prompt is empty; give at least one token")
+    if length >= max_context + (max_tokens == 0):
+        raise InputError(
+            f"the prompt has {length} tokens, but the context holds {max_context}, output included; "
+            "shorten the prompt, or raise max_context or cache_tokens if the model has more positions"
+        )

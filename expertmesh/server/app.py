@@ -13,8 +13,8 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from expertmesh.engine.intake import Intake, Prompt
 from expertmesh.errors import InputError
-from expertmesh.llm import LLM, Prompt
 from expertmesh.request import Output
 from expertmesh.server.answer import Answer, ChatAnswer, CompletionAnswer
 from expertmesh.server.errors import ApiError, add_handlers
@@ -24,13 +24,10 @@ from expertmesh.server.worker import EngineStopped, Job, Worker
 T = TypeVar("T")
 
 
-def create_app(llm: LLM, name: str) -> FastAPI:
-    """The OpenAI API for one model. name: what clients call it.
-
-    While the application runs, the engine belongs to it: nobody else may generate with `llm`. InputError where the
-    checkpoint has no tokenizer.
+def create_app(intake: Intake, worker: Worker, name: str) -> FastAPI:
+    """The OpenAI API for one model. worker: who computes; it is started and stopped with the application. name: what
+    clients call the model. InputError where the checkpoint has no tokenizer.
     """
-    worker = Worker(llm.engine)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -40,7 +37,7 @@ def create_app(llm: LLM, name: str) -> FastAPI:
         finally:
             await worker.stop()
 
-    routes = _Routes(llm, name, worker)
+    routes = _Routes(intake, worker, name)
     app = FastAPI(title="ExpertMesh", lifespan=lifespan)
     app.state.worker = worker
     app.add_api_route("/health", routes.health, methods=["GET"])
@@ -52,24 +49,23 @@ def create_app(llm: LLM, name: str) -> FastAPI:
 
 
 class _Routes:
-    def __init__(self, llm: LLM, name: str, worker: Worker) -> None:
-        if llm.engine.tokenizer is None:
-            raise InputError(f"{llm.folder}: has no tokenizer.json, so it cannot be served")
-        self._llm, self._name, self._worker = llm, name, worker
-        self._tokenizer = llm.engine.tokenizer
+    def __init__(self, intake: Intake, worker: Worker, name: str) -> None:
+        if intake.tokenizer is None:
+            raise InputError(f"{intake.folder}: has no tokenizer.json, so it cannot be served")
+        self._intake, self._worker, self._name = intake, worker, name
+        self._tokenizer = intake.tokenizer
         self._created = int(time.time())
 
     async def health(self) -> Response:
         """200 while the engine runs, 503 otherwise. Where experts may move, also what the balancer does."""
         if self._worker.problem is not None:
             return JSONResponse(ApiError(503, self._worker.problem, code="engine_stopped").body, 503)
-        balancer = self._llm.engine.balancer
-        return JSONResponse({"status": "ok"} | ({} if balancer is None else {"balance": balancer.report()}))
+        return JSONResponse({"status": "ok"} | self._worker.report())
 
     async def models(self) -> dict[str, Any]:
         """The one model that is served."""
         model = {"id": self._name, "object": "model", "created": self._created, "owned_by": "expertmesh"}
-        return {"object": "list", "data": [model | {"max_model_len": self._llm.engine.config.max_context}]}
+        return {"object": "list", "data": [model | {"max_model_len": self._intake.max_context}]}
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         """Continue prompts."""
@@ -90,15 +86,13 @@ class _Routes:
         return await asyncio.to_thread(self._make_jobs, body, prompts, field)
 
     def _make_jobs(self, body: GenerationRequest, prompts: Sequence[Prompt], field: str) -> list[Job]:
-        context = (
-            self._llm.engine.config.max_context or 0
-        )  # what it holds ends an output, whatever was asked for
-        params = self._llm.default_params(**({"max_tokens": context} | body.sampling()))
+        context = self._intake.max_context  # what it holds ends an output, whatever was asked for
+        params = self._intake.default_params(**({"max_tokens": context} | body.sampling()))
         jobs = []
         for prompt in prompts:
-            tokens = self._llm.tokens(prompt)
+            tokens = self._intake.tokens(prompt)
             try:
-                self._llm.engine.check(tokens, params)
+                self._intake.check(tokens, params)
             except InputError as error:
                 code = "context_length_exceeded" if len(tokens) >= context else None
                 raise ApiError(400, str(error), field, code) from None

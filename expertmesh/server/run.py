@@ -34,7 +34,7 @@ def serve(llm: LLM, name: str, host: str = "127.0.0.1", port: int = 8000) -> Non
     listener = _listen(host, port)
     where = f"[{host}]" if ":" in host else host
     url = f"http://{where}:{listener.getsockname()[1]}/v1"
-    server = _Server(create_app(llm, name), f"serving {name} at {url}")
+    server = _Server(create_app(llm.engine.intake, Worker(llm.engine), name), f"serving {name} at {url}")
     with listener, _ended_by_signals(server):
         server.run(sockets=[listener])
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
+from typing import Any
 
 from expertmesh.engine.engine import Engine
 from expertmesh.errors import RankFailure
@@ -85,6 +86,11 @@ class Worker:
         """EngineStopped where a request could not run now."""
         if self.problem is not None:
             raise EngineStopped(self.problem)
+
+    def report(self) -> dict[str, Any]:
+        """What is told of the engine beside its health: where experts may move, what the balancer does."""
+        balancer = self._engine.balancer
+        return {} if balancer is None else {"balance": balancer.report()}
 
     async def generate(self, jobs: Sequence[Job]) -> AsyncGenerator[tuple[int, Output]]:
         """Outputs of the jobs as they grow, each with its job's number. Closing it, or cancelling whoever waits in

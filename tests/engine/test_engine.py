@@ -135,7 +135,7 @@ def test_what_cannot_run_changes_nothing(small: Engine, alone: Alone, case: str)
         small.submit(PROMPTS[number], GREEDY, str(number))
     small.step()
     before = state(small)
-    for attempt in (small.check, small.submit):
+    for attempt in (small.intake.check, small.submit):
         with pytest.raises(InputError, match=words):
             attempt(tokens, params(**changes))
         assert state(small) == before
@@ -265,7 +265,7 @@ def test_after_a_step_that_fails_requests_can_be_aborted_or_go_on(
 )
 def test_who_says_what_ends_a_text(new_engine: NewEngine, files: dict[str, Any], expected: set[int]) -> None:
     """generation_config.json, where it is silent config.json, and the tokenizer in any case."""
-    assert new_engine(**files).eos == expected
+    assert new_engine(**files).intake.eos == expected
 
 
 def first_seen_at(tokens: Sequence[int], index: int) -> int:
@@ -315,8 +315,8 @@ class Scripted:
         return [StepResult({r.id: Sampled(self.tokens[r.output_length]) for r in requests})]
 
     def say(self, text: str, given: SamplingParams) -> list[Output]:
-        assert self.engine.tokenizer is not None
-        self.tokens = self.engine.tokenizer.encode(text, special=False)
+        assert self.engine.intake.tokenizer is not None
+        self.tokens = self.engine.intake.tokenizer.encode(text, special=False)
         self.engine.submit([1, 2, 3], given)
         outputs = [output for _ in self.tokens for output in self.engine.step()]
         assert nothing_left(self.engine)
@@ -365,9 +365,9 @@ words = st.text("thestopin ", min_size=1, max_size=12)
 @given(words, st.lists(st.text("thestopin ", min_size=1, max_size=4), max_size=3), st.integers(1, 12))
 def test_stop_texts(scripted: Scripted, text: str, stops: list[str], max_tokens: int) -> None:
     """Against a search of the whole text after every token."""
-    assert scripted.engine.tokenizer is not None
-    tokens = scripted.engine.tokenizer.encode(text, special=False)
-    pieces = [scripted.engine.tokenizer.token_text(token) for token in tokens][:max_tokens]
+    assert scripted.engine.intake.tokenizer is not None
+    tokens = scripted.engine.intake.tokenizer.encode(text, special=False)
+    pieces = [scripted.engine.intake.tokenizer.token_text(token) for token in tokens][:max_tokens]
     expected, reason = "".join(pieces), "length"
     for count in range(len(pieces), 0, -1):
         so_far = "".join(pieces[:count])
@@ -443,12 +443,12 @@ RECOMMENDED = {"temperature": 0.6, "top_p": 0.9, "top_k": 40, "min_p": 0.1, "rep
 def test_defaults(
     new_engine: NewEngine, generation: object, changes: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    assert new_engine(generation=generation).default_params(**changes) == SamplingParams(**expected)
+    assert new_engine(generation=generation).intake.default_params(**changes) == SamplingParams(**expected)
 
 
 def test_recommendations_that_cannot_be_used(new_engine: NewEngine) -> None:
     with pytest.raises(InputError, match="top_p is 2, but must be a number from 0 to 1"):
-        new_engine(generation={"top_p": 2}).default_params()
+        new_engine(generation={"top_p": 2}).intake.default_params()
 
 
 def test_recommendations_that_cannot_be_read(new_engine: NewEngine) -> None:

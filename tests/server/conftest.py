@@ -17,6 +17,7 @@ import uvicorn
 from expertmesh import LLM
 from expertmesh.llm import demo_model
 from expertmesh.server.app import create_app
+from expertmesh.server.worker import Worker
 
 NAME = "tiny"
 
@@ -70,7 +71,7 @@ def serving(llm: LLM, grace: float = 10) -> Iterator[str]:
     """A server in a thread. Leaving ends it and waits for the end."""
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
-        create_app(llm, NAME),
+        create_app(llm.engine.intake, Worker(llm.engine), NAME),
         lifespan="on",
         ws="none",
         log_config=None,

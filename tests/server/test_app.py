@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -18,6 +19,7 @@ from expertmesh import LLM, InputError, SamplingParams, Topology
 from expertmesh.engine.plan import Plan
 from expertmesh.request import Batch, StepResult
 from expertmesh.server.app import create_app
+from expertmesh.server.worker import Worker
 from tests.server.conftest import NAME, connect, pages_held, serving
 
 PROMPT = "Once upon a time"
@@ -330,10 +332,9 @@ def test_errors_that_the_client_does_not_make(
 
 
 def test_a_checkpoint_without_a_tokenizer_is_not_served(new_llm: Callable[..., LLM]) -> None:
-    llm = new_llm()
-    llm.engine.tokenizer = None
+    engine = new_llm().engine
     with pytest.raises(InputError, match=r"tokenizer\.json"):
-        create_app(llm, NAME)
+        create_app(replace(engine.intake, tokenizer=None), Worker(engine), NAME)
 
 
 # Many clients, and clients that leave
