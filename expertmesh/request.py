@@ -1,9 +1,14 @@
 """What goes through the engine: sampling parameters, a request, a batch of token rows, an output."""
 
+import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from expertmesh.errors import InputError
 
@@ -37,13 +42,19 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     ignore_eos: bool = False
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
+    min_tokens: int = 0
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         one = isinstance(self.stop, str)
         object.__setattr__(
             self, "stop", (self.stop,) if one else self._tuple("stop", "texts that are not empty")
         )
-        object.__setattr__(self, "stop_token_ids", self._tuple("stop_token_ids", "token ids"))
+        for name, kind in _SEVERAL.items():
+            object.__setattr__(self, name, self._tuple(name, kind))
         if self.top_k == -1:  # vLLM's way to say: all of them
             object.__setattr__(self, "top_k", 0)
         self._check_number("max_tokens", 0, whole=True)
@@ -65,15 +76,33 @@ class SamplingParams:
             raise InputError(f"seed is {self.seed!r}, but must be a whole number")
         if not all(isinstance(s, str) and s for s in self.stop):
             raise InputError("stop must be texts that are not empty")
-        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in self.stop_token_ids):
+        if not all(_is_token(i) for i in self.stop_token_ids):
             raise InputError("stop_token_ids must be token ids")
         if not isinstance(self.ignore_eos, bool):
             raise InputError(f"ignore_eos is {self.ignore_eos!r}, but must be true or false")
+        self._check_constraints()
+
+    def _check_constraints(self) -> None:
+        self._check_number("min_tokens", 0, whole=True)
+        if self.min_tokens > self.max_tokens:
+            raise InputError(
+                f"min_tokens is {self.min_tokens}, more than max_tokens, which is {self.max_tokens}"
+            )
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", self._tuple("allowed_token_ids", "token ids"))
+            if not self.allowed_token_ids or not all(_is_token(i) for i in self.allowed_token_ids):
+                raise InputError("allowed_token_ids must be token ids, at least one")
+        if not all(isinstance(word, str) and word.strip() and _is_unicode(word) for word in self.bad_words):
+            raise InputError("bad_words must be texts that are not empty")
+        if self.logit_bias is not None:
+            object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
+        if self.grammar is not None:
+            _check_grammar(self.grammar)
 
     def _tuple(self, name: str, kind: str) -> tuple[Any, ...]:
         """A field that holds several values, None being none."""
         value = getattr(self, name)
-        if value is not None and not isinstance(value, list | tuple | set | frozenset):
+        if value is not None and not isinstance(value, list | tuple | set | frozenset | range):
             raise InputError(f"{name} must be {kind}")
         return tuple(value or ())
 
@@ -86,11 +115,103 @@ class SamplingParams:
             raise InputError(f"{name} is {value!r}, but must be {kind} {bound}")
 
 
+_SEVERAL = {"stop_token_ids": "token ids", "bad_words": "texts that are not empty"}
+
+
 def _finite(value: int | float) -> bool:
     try:
         return math.isfinite(value)
     except OverflowError:  # a whole number beyond every float
         return False
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it has no halves of surrogate pairs, which no token stands for."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _bias(given: object) -> dict[int, float]:
+    """A copy of logit_bias, checked."""
+    if not isinstance(given, Mapping):
+        raise InputError("logit_bias must be numbers by token id")
+    for token, value in given.items():
+        if not _is_token(token):
+            raise InputError(f"logit_bias is for {token!r}, which is no token id")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not -100 <= value <= 100:
+            raise InputError(
+                f"logit_bias of token {token} is {value!r}, but must be a number from -100 to 100"
+            )
+    return {int(token): float(value) for token, value in given.items()}
+
+
+# What each type of grammar is given in, and the kind of JSON value that this is.
+GRAMMARS: dict[str, tuple[str, type | tuple[type, ...], str] | None] = {
+    "json_object": None,
+    "json_schema": ("schema", (dict, bool), "a JSON schema"),
+    "regex": ("pattern", str, "a text"),
+    "ebnf": ("grammar", str, "a text"),
+    "choice": ("choices", list, "a list of texts, at least one"),
+    "structural_tag": ("format", dict, "an object"),
+}
+
+
+def read_grammar(text: str) -> dict[str, Any]:
+    """A grammar's JSON text as an object, of a known type and with what that type needs. InputError otherwise."""
+    if not isinstance(text, str):
+        raise InputError('grammar must be JSON text, such as \'{"type": "json_object"}\'')
+    try:
+        spec = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"grammar is not valid JSON: {error}") from None
+    kind = spec.get("type") if isinstance(spec, dict) else None
+    if not isinstance(kind, str) or kind not in GRAMMARS:
+        raise InputError(f"grammar must be a JSON object whose type is one of {', '.join(GRAMMARS)}")
+    needs = GRAMMARS[kind]
+    if needs is not None and not isinstance(spec.get(needs[0]), needs[1]):
+        raise InputError(f"grammar of type {kind} needs {needs[0]!r}: {needs[2]}")
+    return dict(spec)
+
+
+def _check_grammar(text: str) -> None:
+    spec = read_grammar(text)
+    choices, after = spec.get("choices"), spec.get("after", "</think>")
+    if spec["type"] == "choice":
+        if not choices or not all(isinstance(c, str) and c and _is_unicode(c) for c in choices):
+            raise InputError("grammar of type choice needs 'choices': a list of texts, none of them empty")
+        if len(choices) > MOST_CHOICES:
+            raise InputError(f"grammar has {len(choices)} choices; at most {MOST_CHOICES} are possible")
+    if not isinstance(after, str) or not after or not _is_unicode(after):
+        raise InputError(
+            "grammar's 'after' must be a text that is not empty: what comes before the constraint"
+        )
+
+
+MOST_CHOICES = 4096  # beyond that, the time to compile them grows with the square of their number
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Which tokens a request may not choose, in token ids; what a grammar allows changes with each token instead.
+
+    allowed: no others, where there are any. early: (count, tokens): those do not come among the first `count`.
+    bad_words: the last token of each does not come after the others.
+    """
+
+    allowed: tuple[int, ...] = ()
+    early: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.allowed or self.early or self.bad_words)
+
+    @cached_property
+    def allowed_ids(self) -> NDArray[np.int64]:
+        return np.array(self.allowed, dtype=np.int64)
 
 
 @dataclass(eq=False)
@@ -104,6 +225,8 @@ class Request:
     params: SamplingParams
     seed: int
     stop_ids: frozenset[int] = frozenset()
+    limits: Limits = Limits()
+    held: bool = False  # it waits for its grammar, and is not admitted before
     arrival: int = 0
     computed: int = 0
     pages: list[int] = field(default_factory=list)
@@ -149,11 +272,16 @@ class Slice:
         return self.start + self.count == len(self.request.tokens)
 
 
+# Which tokens may come, by request id: bit t % 32 of word t // 32 is token t.
+Masks = Mapping[str, NDArray[np.int32]]
+
+
 @dataclass(frozen=True)
 class Batch:
-    """The token rows of one step, those that decode first."""
+    """The token rows of one step, those that decode first. masks: of requests that sample under a grammar."""
 
     slices: tuple[Slice, ...]
+    masks: Masks = field(default_factory=dict)
 
     @staticmethod
     def of(slices: Iterable[Slice]) -> "Batch":

@@ -75,6 +75,43 @@ def user(text: str) -> dict[str, str]:
 # --- generate
 
 
+@pytest.mark.parametrize(
+    ("options", "pattern"),
+    [
+        (("--regex", "[0-9]{3}"), "[0-9]{3}"),
+        (("--choice", "yes", "--choice", "no"), "yes|no"),
+        (("--json-schema", '{"const": [1, 2]}'), r"\[1, *2\]"),
+        (("--json-schema", "FILE"), r"\[1, *2\]"),
+        (("--grammar", '{"type": "ebnf", "grammar": "root ::= \\"a\\" [bc]"}'), "a[bc]"),
+    ],
+)
+def test_generate_writes_what_it_has_to(
+    options: tuple[str, ...], pattern: str, cli: Cli, tiny_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "FILE").write_text('{"const": [1, 2]}')
+    given = [str(tmp_path / o) if o == "FILE" else o for o in options]
+    code, out, _ = cli("generate", tiny_folder, "-p", "the", "--seed", "3", *given)
+    assert code == 0 and re.fullmatch(pattern, out.strip())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--json-schema", "no-such-file"), "--json-schema no-such-file: neither JSON text nor a file"),
+        (("--json-schema", "{"), "--json-schema {: not valid JSON"),
+        (("--json-schema", '{"type": "foo"}'), "foo"),
+        (("--regex", "("), "grammar cannot be used"),
+        (("--grammar", "{}"), "grammar must be a JSON object whose type is one of"),
+        (("--min-tokens", "300"), "min_tokens is 300"),
+    ],
+)
+def test_generate_names_what_is_wrong_with_a_grammar(
+    options: tuple[str, ...], message: str, cli: Cli, tiny_folder: Path
+) -> None:
+    code, out, err = cli("generate", tiny_folder, "-p", "the", *options)
+    assert (code, out) == (2, "") and message in err
+
+
 def test_generate_writes_the_text_and_nothing_else(cli: Cli, tiny_folder: Path, tiny_llm: LLM) -> None:
     code, out, err = cli("generate", tiny_folder, "-p", "stop the", *OPTIONS)
     assert (code, out) == (0, texts(tiny_llm, "stop the")[0] + "\n")

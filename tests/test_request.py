@@ -1,5 +1,6 @@
 """Sampling parameters: what is wrong is named before anything runs, what is right is kept as it is."""
 
+import json
 import math
 from dataclasses import FrozenInstanceError
 from typing import Any
@@ -153,3 +154,43 @@ def test_lists_become_tuples_so_that_nobody_can_change_them() -> None:
 def test_values_of_the_wrong_kind_are_refused(name: str, value: object) -> None:
     with pytest.raises(InputError, match=f"^{name} "):
         SamplingParams(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("logit_bias", {1: 100.1}), ("logit_bias", {1: -101}), ("logit_bias", {1: math.nan}), ("logit_bias", {1: "5"}),
+        ("logit_bias", {"1": 5}), ("logit_bias", {-1: 5}), ("logit_bias", {True: 5}), ("logit_bias", [(1, 5)]),
+        ("min_tokens", -1), ("min_tokens", 1.5), ("min_tokens", 129), ("min_tokens", True),
+        ("allowed_token_ids", []), ("allowed_token_ids", [-1]), ("allowed_token_ids", ["a"]), ("allowed_token_ids", 5),
+        ("bad_words", [""]), ("bad_words", [" "]), ("bad_words", [5]), ("bad_words", "word"), ("bad_words", ["\ud800"]),
+        ("grammar", 5), ("grammar", {"type": "json_object"}), ("grammar", ""), ("grammar", "{"), ("grammar", "[1]"),
+        ("grammar", '{"type": "xml"}'), ("grammar", '{"type": ["regex"]}'), ("grammar", '{"type": "json_schema"}'),
+        ("grammar", '{"type": "json_schema", "schema": "{}"}'), ("grammar", '{"type": "regex", "pattern": 5}'),
+        ("grammar", '{"type": "regex"}'), ("grammar", '{"type": "ebnf"}'), ("grammar", '{"type": "structural_tag"}'),
+        ("grammar", '{"type": "choice", "choices": []}'), ("grammar", '{"type": "choice", "choices": ["a", ""]}'),
+        ("grammar", '{"type": "choice", "choices": ["\\ud800"]}'),
+        ("grammar", json.dumps({"type": "choice", "choices": [str(i) for i in range(5000)]})),
+        ("grammar", '{"type": "json_object", "after": ""}'), ("grammar", '{"type": "json_object", "after": 5}'),
+        ("grammar", "[" * 100_000),
+    ],
+    ids=lambda v: str(v)[:40],
+)  # fmt: skip
+def test_constraints_that_are_wrong(name: str, value: object) -> None:
+    refused(name, value)
+
+
+def test_constraints_that_are_right() -> None:
+    for bias in ({}, {0: -100, 9: 100}, {5: 0.5}):
+        kept("logit_bias", bias)
+    kept("min_tokens", 128)
+    kept("grammar", '{"type": "json_schema", "schema": true, "after": "</think>"}')
+    p = SamplingParams(allowed_token_ids=[3, 4], bad_words=["a", "b c"])  # type: ignore[arg-type]
+    assert p.allowed_token_ids == (3, 4) and p.bad_words == ("a", "b c")
+
+
+def test_a_bias_does_not_change_with_what_it_was_made_of() -> None:
+    bias = {1: 2.0}
+    p = SamplingParams(logit_bias=bias)
+    bias[1] = 3.0
+    assert p.logit_bias == {1: 2.0} and p == SamplingParams(logit_bias={1: 2}) and isinstance(hash(p), int)

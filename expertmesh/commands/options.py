@@ -1,10 +1,13 @@
 """Options that several commands share, in the names of the library."""
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from expertmesh.config.precision import PRECISIONS
+from expertmesh.errors import InputError
 from expertmesh.request import SamplingParams
 
 # Beginnings in each domain of the demo model.
@@ -44,6 +47,7 @@ SAMPLING_OPTIONS = (
     ("presence_penalty", float, "against tokens that are in the output"),
     ("frequency_penalty", float, "against tokens, by their count in the output"),
     ("repetition_penalty", float, "against tokens of prompt and output; 1 for none"),
+    ("min_tokens", int, "so many come before the end-of-text token may"),
 )
 
 
@@ -57,6 +61,12 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add_options(group.add_argument, SAMPLING_OPTIONS)
     group.add_argument("--stop", action="append", metavar="TEXT", help="ends the output; repeatable")
     group.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-text token")
+    group.add_argument("--bad-words", action="append", metavar="TEXT", help="never in the output; repeatable")
+    forms = parser.add_argument_group("what the output has to be; one of").add_mutually_exclusive_group()
+    forms.add_argument("--json-schema", metavar="FILE|TEXT", help="JSON that a schema allows")
+    forms.add_argument("--regex", metavar="PATTERN", help="a text that all of a regular expression matches")
+    forms.add_argument("--choice", action="append", metavar="TEXT", help="one of these texts; repeatable")
+    forms.add_argument("--grammar", metavar="FILE|JSON", help="any other kind: see docs/constraints.md")
 
 
 def add_options(add: Callable[..., Any], options: Sequence[tuple[str, type, str]]) -> None:
@@ -73,8 +83,36 @@ def given_sampling(args: argparse.Namespace) -> dict[str, Any]:
     """The sampling options that were given. InputError where one is wrong, before a model is loaded."""
     params = given(args, SAMPLING_OPTIONS)
     params |= {"stop": tuple(args.stop or ()), "ignore_eos": args.ignore_eos}
+    params |= {"bad_words": tuple(args.bad_words or ()), "grammar": _grammar(args)}
     SamplingParams(**params)
     return params
+
+
+def _grammar(args: argparse.Namespace) -> str | None:
+    """What the output has to be, in the form of `SamplingParams.grammar`."""
+    if args.json_schema is not None:
+        text = _file_or_text("--json-schema", args.json_schema)
+        try:
+            return json.dumps({"type": "json_schema", "schema": json.loads(text)})
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"--json-schema {args.json_schema}: not valid JSON: {error}") from None
+    if args.regex is not None:
+        return json.dumps({"type": "regex", "pattern": args.regex})
+    if args.choice is not None:
+        return json.dumps({"type": "choice", "choices": args.choice})
+    return None if args.grammar is None else _file_or_text("--grammar", args.grammar)
+
+
+def _file_or_text(option: str, given: str) -> str:
+    """What is in a file, or JSON text as it is: that begins with a brace, or is true or false."""
+    if given.lstrip().startswith("{") or given in ("true", "false"):
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{option} {given}: neither JSON text nor a file ({error.strerror})") from None
+    except ValueError:
+        raise InputError(f"{option} {given}: the file is not a text in UTF-8") from None
 
 
 def without_join(words: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ from expertmesh.config import EngineConfig, ModelConfig
 from expertmesh.engine.balancer import Balancer
 from expertmesh.engine.cache import PageCache
 from expertmesh.engine.checkpoint import open_checkpoint
+from expertmesh.engine.constraints import Constraints
 from expertmesh.engine.groups import Groups
 from expertmesh.engine.intake import Intake
 from expertmesh.engine.interrupts import held_back
@@ -62,6 +63,7 @@ class Engine:
         self.scheduler = Groups([_scheduler(self.config) for _ in range(self.layout.topology.groups)])
         assert self.config.max_context  # resolved
         self.intake = intake.limited(self.config.max_context)
+        self.constraints = Constraints(self.intake)
         self._texts: dict[str, OutputText] = {}
         self._prompts: dict[str, str | None] = {}
         self._requests: dict[str, Request] = {}
@@ -107,9 +109,10 @@ class Engine:
         if request_id in self._requests:
             raise InputError(f"request id {request_id!r} is in use")
         seed = fold_seed(params.seed) if params.seed is not None else secrets.randbits(63)
-        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.intake.eos)
-        request = Request(request_id, list(tokens), len(tokens), params, seed, stop_ids)
+        stop_ids, limits = self.intake.stop_ids(params), self.intake.limits(params)
+        request = Request(request_id, list(tokens), len(tokens), params, seed, stop_ids, limits)
         self.scheduler.add(request)
+        self.constraints.begin(request)
         tokenizer = self.intake.tokenizer
         self._texts[request_id] = OutputText(tokenizer.stream() if tokenizer else None, params.stop)
         self._prompts[request_id] = prompt
@@ -131,9 +134,12 @@ class Engine:
     def step(self) -> list[Output]:
         """One step of the engine: every running request gets its rows. Returns what got a token or ended."""
         with held_back():
+            refused = [self._refuse(request) for request in self.constraints.settle()]
             batches = self.scheduler.schedule()
             if not any(batch.slices for batch in batches):
-                return []
+                self.constraints.rest()
+                return refused
+            batches = self.constraints.mask(batches)
             plan = self.planner.plan(batches, self.layout.topology.tp)
             start = time.perf_counter()
             results = self.ranks.run(batches, plan)
@@ -141,10 +147,11 @@ class Engine:
             self.planner.took(batches, plan, taken)
             if self.balancer is not None:
                 self.balancer.after_step(taken, plan.split != "even")
-            return [self._output(request) for request in self.scheduler.update(batches, results)]
+            return refused + [self._output(r) for r in self.scheduler.update(batches, results)]
 
     def close(self) -> None:
         """End all ranks; nothing can be computed any more."""
+        self.constraints.close()
         if self.balancer is not None:
             self.balancer.close()
         self.ranks.close()
@@ -176,6 +183,11 @@ class Engine:
         if output.finished:
             self._forget(request.id)
         return output
+
+    def _refuse(self, request: Request) -> Output:
+        """End a request whose grammar could not be compiled."""
+        self.scheduler.abort(request)
+        return self._output(request)
 
     def _stop_by_text(self, request: Request) -> None:
         if request.finish_reason is None:

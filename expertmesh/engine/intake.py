@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from expertmesh.config import ModelConfig, read_object
+from expertmesh.engine import grammar
 from expertmesh.engine.scheduler import check_length
 from expertmesh.engine.tokenizer import Tokenizer
 from expertmesh.errors import InputError
-from expertmesh.request import SamplingParams
+from expertmesh.request import Limits, SamplingParams
 
 # A text, token ids, or chat messages.
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -46,7 +47,7 @@ class Intake:
         ids |= set(self.model.eos_token_ids) if not ids else set()
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             ids.add(self.tokenizer.eos_token_id)
-        return frozenset(ids)
+        return frozenset(ids & set(range(self.model.vocab_size)))
 
     def default_params(self, **changes: Any) -> SamplingParams:
         """Sampling parameters that the checkpoint recommends in generation_config.json, with these changes."""
@@ -77,7 +78,43 @@ class Intake:
         for name in ("logprobs", "prompt_logprobs"):
             if (getattr(params, name) or 0) > self.model.vocab_size:
                 raise InputError(f"{name} is more than the vocabulary of {self.model.vocab_size}")
+        for name in ("logit_bias", "allowed_token_ids"):
+            wrong = [token for token in getattr(params, name) or () if token not in vocabulary]
+            if wrong:
+                raise InputError(f"{name} has token {wrong[0]}, outside the vocabulary of {len(vocabulary)}")
+        if params.bad_words and self.tokenizer is None:
+            raise InputError("bad_words need a tokenizer, and this checkpoint has none")
+        if params.grammar is not None:
+            self._check_grammar(params.grammar)
         check_length(len(tokens), params.max_tokens, self.max_context)
+
+    def _check_grammar(self, text: str) -> None:
+        if self.tokenizer is None:
+            raise InputError("grammar needs a tokenizer, and this checkpoint has none")
+        if not self.eos:
+            raise InputError("grammar needs an end-of-text token, and this checkpoint names none")
+        self.tokenizer.check_pieces()
+        grammar.check(grammar.source_of(text))
+
+    def stop_ids(self, params: SamplingParams) -> frozenset[int]:
+        """Tokens that end an output with these parameters; where a grammar is complete it ends in any case."""
+        goes_on = params.ignore_eos and params.grammar is None
+        return frozenset(params.stop_token_ids) | (frozenset() if goes_on else self.eos)
+
+    def limits(self, params: SamplingParams) -> Limits:
+        """What these parameters forbid, in token ids."""
+        vocabulary = range(self.model.vocab_size)
+        early = []
+        if params.min_tokens:
+            ends = self.eos | set(params.stop_token_ids)
+            count = min(params.min_tokens, self.max_context)
+            early.append((count, tuple(sorted(t for t in ends if t in vocabulary))))
+        if params.ignore_eos and params.grammar is not None:
+            early.append((self.max_context, tuple(sorted(self.eos))))
+        words = self.tokenizer and [
+            ids for word in params.bad_words for ids in self.tokenizer.spellings(word) if ids
+        ]
+        return Limits(params.allowed_token_ids or (), tuple(early), tuple(words or ()))
 
 
 def _form(prompt: object) -> Literal["text", "ids", "chat"]:

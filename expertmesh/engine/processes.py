@@ -17,7 +17,7 @@ from expertmesh.config import EngineConfig
 from expertmesh.engine.checkpoint import Checkpoint
 from expertmesh.engine.plan import Plan
 from expertmesh.engine.ranks import matched, resolve_memory, sum_loads
-from expertmesh.engine.wire import BatchWriter, read_result
+from expertmesh.engine.wire import BatchWriter, read_result, write_masks
 from expertmesh.kernels import Kernels
 from expertmesh.launch.crew import Crew
 from expertmesh.launch.inquiry import tell_on_signal
@@ -75,13 +75,14 @@ class ProcessRanks:
         self._steps += 1
         topology = self.layout.topology
         written = [writer.write(batch) for writer, batch in zip(self._writers, batches, strict=True)]
-        answers = self.crew.ask(
-            [
-                {"do": "step", "batch": written[topology.group_of(r)], "plan": asdict(plan)}
-                for r in range(topology.ranks)
-            ],
-            f"step {self._steps}",
-        )
+        messages: list[dict[str, Any]] = [
+            {"do": "step", "batch": written[topology.group_of(r)], "plan": asdict(plan)}
+            for r in range(topology.ranks)
+        ]
+        # The first rank of each group samples.
+        for message, batch in zip(messages[:: topology.tp], batches, strict=True):
+            message["masks"] = write_masks(batch)
+        answers = self.crew.ask(messages, f"step {self._steps}")
         return [read_result(answer) for answer in answers[:: topology.tp]]
 
     def loads(self) -> dict[int, Tensor]:

@@ -69,7 +69,7 @@ class Runner:
             last = torch.cat([x[: len(wanted.sampling)] for x, wanted in zip(rows, asked, strict=True)])
             logits = self.model.head(last, group)
             if logits is not None:
-                chosen = sampler.sample(logits, sampling)
+                chosen = sampler.sample(logits, sampling, batch.masks)
                 result.sampled.update({r.id: token for r, token in zip(sampling, chosen, strict=True)})
         for x_TD, wanted in zip(rows, asked, strict=True):
             first = len(wanted.sampling)

@@ -7,11 +7,13 @@ same text whatever else is in the batch, and after a preemption.
 import struct
 from collections.abc import Sequence
 from hashlib import blake2b
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from expertmesh.request import Request, Sampled
+from expertmesh.engine.edits import apply_edits
+from expertmesh.request import Masks, Request, Sampled
 
 
 def uniform(seed: int, position: int) -> float:
@@ -25,10 +27,13 @@ def fold_seed(seed: int) -> int:
     return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def sample(logits_BV: Tensor, requests: Sequence[Request]) -> list[Sampled]:
-    """One token for each request from its row of float32 logits."""
+def sample(
+    logits_BV: Tensor, requests: Sequence[Request], masks: Masks = MappingProxyType({})
+) -> list[Sampled]:
+    """One token for each request from its row of float32 logits. masks: which tokens may come, by request id, of those
+    with a grammar."""
     raw = logits_BV
-    logits_BV = apply_penalties(logits_BV, requests)
+    logits_BV = apply_edits(logits_BV, requests, masks)
     tokens = logits_BV.argmax(dim=-1)
     random = [i for i, r in enumerate(requests) if r.params.temperature > 0]
     if random:
@@ -44,30 +49,6 @@ def sample(logits_BV: Tensor, requests: Sequence[Request]) -> list[Sampled]:
         found = top_logprobs(raw[asked], [chosen[i] for i in asked], counts)
         reports = dict(zip(asked, found, strict=True))
     return [Sampled(token, reports.get(i)) for i, token in enumerate(chosen)]
-
-
-def apply_penalties(logits_BV: Tensor, requests: Sequence[Request]) -> Tensor:
-    """Repetition, frequency and presence penalties, on the rows that have any."""
-    out = logits_BV
-    for i, request in enumerate(requests):
-        p = request.params
-        if p.repetition_penalty == 1 and p.presence_penalty == 0 and p.frequency_penalty == 0:
-            continue
-        if out is logits_BV:
-            out = logits_BV.clone()
-        row = out[i]
-        if p.repetition_penalty != 1:
-            seen = torch.tensor(sorted(set(request.tokens)), device=row.device)
-            values = row[seen]
-            scaled = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
-            row[seen] = (
-                scaled.nan_to_num()
-            )  # extreme penalties make infinities, whose difference is no number
-        if request.output_length and (p.presence_penalty or p.frequency_penalty):
-            output = torch.tensor(request.tokens[request.prompt_length :], device=row.device)
-            seen, counts = output.unique(return_counts=True)
-            row[seen] -= p.presence_penalty + p.frequency_penalty * counts.to(row.dtype)
-    return out
 
 
 def draw(logits_BV: Tensor, requests: Sequence[Request]) -> Tensor:

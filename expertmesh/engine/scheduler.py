@@ -16,7 +16,7 @@ class Scheduler:
     """Continuous batching over a paged cache: first come, first served; the youngest gives way when pages run out.
 
     No request starves: every running one that only decodes gets its row in every step, the oldest is never
-    preempted, and what waits is admitted in the order of arrival.
+    preempted, and what waits is admitted in the order of arrival, those that are held when they are not any more.
     """
 
     def __init__(
@@ -76,15 +76,14 @@ class Scheduler:
                 budget -= count
             if self.preemptions != before:  # rows of the preempted are free again
                 budget = self.max_batch_tokens - sum(counts.values())
-        while self.waiting and budget and len(self.running) < self.max_batch_requests:
-            request = self.waiting[0]
-            if not self._admit(request):
+        while budget and len(self.running) < self.max_batch_requests:
+            first = next((r for r in self.waiting if not r.held), None)
+            if first is None or not self._admit(first):
                 break
-            self.waiting.popleft()
-            self.running.append(request)
-            count = min(len(request.tokens) - request.computed, self.chunk, budget)
-            counts[request] = count
-            budget -= count
+            self.waiting.remove(first)
+            self.running.append(first)
+            counts[first] = min(len(first.tokens) - first.computed, self.chunk, budget)
+            budget -= counts[first]
         return Batch.of(Slice(request, request.computed, count) for request, count in counts.items())
 
     def update(self, batch: Batch, sampled: dict[str, Sampled]) -> list[Request]:

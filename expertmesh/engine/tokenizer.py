@@ -14,6 +14,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.decoders import DecodeStream
 
 from expertmesh.config import read_object
+from expertmesh.engine import vocabulary
 from expertmesh.errors import InputError
 
 Message = Mapping[str, Any]
@@ -71,6 +72,22 @@ class Tokenizer:
 
     def token_text(self, token: int) -> str:
         return str(self._rust.decode([token], skip_special_tokens=False))
+
+    def check_pieces(self) -> None:
+        """InputError where tokens are not simply pieces of text."""
+        vocabulary.spelling_of(self._rust)
+
+    def pieces(self, size: int) -> list[bytes]:
+        """What each token id below `size` adds to a text; see `vocabulary.pieces`."""
+        return vocabulary.pieces(self._rust, size)
+
+    def spellings(self, word: str) -> list[tuple[int, ...]]:
+        """Token ids of a word at the beginning of a text and after a space."""
+        ids = (
+            self._rust.encode(text, add_special_tokens=False).ids
+            for text in (word.lstrip(), f" {word.lstrip()}")
+        )
+        return list(dict.fromkeys(map(tuple, ids)))
 
     def chat(self, messages: Sequence[Message], **variables: Any) -> list[int]:
         """Token ids of a conversation, up to where the assistant's turn begins."""

@@ -4,10 +4,12 @@ The driver's `BatchWriter` and a rank's `BatchReader` keep the same picture of e
 that is written is read.
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
-from expertmesh.request import Batch, Request, Sampled, SamplingParams, Slice, StepResult
+import numpy as np
+
+from expertmesh.request import Batch, Limits, Masks, Request, Sampled, SamplingParams, Slice, StepResult
 
 Plain = dict[str, Any]
 
@@ -63,7 +65,9 @@ def _head(request: Request) -> Plain:
     # Above every vocabulary, and within what a message holds.
     counts["top_k"] = min(params.top_k, 1 << 32)
     floats = {name: float(getattr(params, name)) for name in FLOATS}
-    return {"prompt_length": request.prompt_length, "seed": request.seed, "params": floats | counts}
+    values = floats | counts | {"logit_bias": params.logit_bias}
+    head = {"prompt_length": request.prompt_length, "seed": request.seed, "params": values}
+    return head | ({"limits": astuple(request.limits)} if request.limits else {})
 
 
 class BatchReader:
@@ -82,13 +86,28 @@ class BatchReader:
         if "new" in item:
             head = item["new"]
             params = SamplingParams(**head["params"])
-            self._requests[key] = Request(key, [], head["prompt_length"], params, head["seed"])
+            limits = Limits(*_tuples(head.get("limits", ())))
+            self._requests[key] = Request(key, [], head["prompt_length"], params, head["seed"], limits=limits)
         request = self._requests[key]
         if "restart" in item:
             request.pages.clear()
         request.tokens += item["tokens"]
         request.pages += item["pages"]
         return Slice(request, item["start"], item["count"])
+
+
+def _tuples(value: Any) -> Any:
+    """Lists, which tuples arrive as, as tuples again."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def write_masks(batch: Batch) -> dict[str, bytes]:
+    """A batch's masks, which only the rank that samples needs."""
+    return {key: mask.tobytes() for key, mask in batch.masks.items()}
+
+
+def read_masks(message: dict[str, bytes]) -> Masks:
+    return {key: np.frombuffer(data, dtype=np.int32) for key, data in message.items()}
 
 
 def write_result(result: StepResult) -> Plain:

@@ -3,6 +3,7 @@
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from expertmesh.engine.checkpoint import load, open_checkpoint
 from expertmesh.engine.plan import Plan
 from expertmesh.engine.ranks import PATIENCE, collectives_of, new_weights
 from expertmesh.engine.runner import Runner
-from expertmesh.engine.wire import BatchReader, Plain, write_result
+from expertmesh.engine.wire import BatchReader, Plain, read_masks, write_result
 from expertmesh.errors import InputError
 from expertmesh.kernels import kernels_for
 from expertmesh.launch.channel import Channel
@@ -101,8 +102,10 @@ class _Rank(RankProcess):
     def do(self, message: Plain) -> Any:
         match message["do"]:
             case "step":
-                batch, plan = self._reader.read(message["batch"]), Plan(**message["plan"])
-                return write_result(self._runner.run(batch, plan))
+                batch = replace(
+                    self._reader.read(message["batch"]), masks=read_masks(message.get("masks", {}))
+                )
+                return write_result(self._runner.run(batch, Plan(**message["plan"])))
             case "stage":
                 self._runner.mover.stage(_moves(message), message["start"], message["stop"])
             case "checksums":

@@ -22,7 +22,8 @@ from transformers import (
 
 from expertmesh import SamplingParams
 from expertmesh.engine import sampler
-from expertmesh.engine.sampler import apply_penalties, fold_seed, sample, top_logprobs, uniform
+from expertmesh.engine.edits import apply_edits
+from expertmesh.engine.sampler import fold_seed, sample, top_logprobs, uniform
 from expertmesh.request import Request, Sampled
 
 GRID = 1000
@@ -153,7 +154,7 @@ def test_penalties(case: tuple[Tensor, list[Request]]) -> None:
     where c counts how often a token was sampled before."""
     logits, requests = case
     before = logits.clone()
-    after = apply_penalties(logits, requests)
+    after = apply_edits(logits, requests, {})
     assert torch.equal(logits, before), "logprobs are of the model's own logits"
     for row, request, found in zip(logits, requests, after, strict=True):
         p = request.params
@@ -338,7 +339,7 @@ def test_extreme_repetition_penalties(penalty: float, temperature: float) -> Non
         request = request_of(
             seed=seed, prompt=[0, 1], temperature=temperature, repetition_penalty=penalty, presence_penalty=1
         )
-        assert apply_penalties(logits, [request]).isfinite().all()
+        assert apply_edits(logits, [request], {}).isfinite().all()
         # Dividing by a huge number leaves a logit of 0, multiplying a negative one forbids it.
         assert sample(logits, [request])[0].token in ({0} if penalty < 1 else {0, 2, 3})
 

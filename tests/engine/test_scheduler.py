@@ -262,3 +262,15 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(max_examples=100, stateful_step_count=40)
+
+
+def test_a_request_that_is_held_lets_others_pass() -> None:
+    cache = PageCache(8, 4)
+    scheduler = Scheduler(cache, 16, 4, 8, 32)
+    held, free = request_of(0, [1, 2], 4), request_of(1, [3, 4], 4)
+    held.held = True
+    for request in (held, free):
+        scheduler.add(request)
+    assert [part.request for part in scheduler.schedule().slices] == [free] and scheduler.busy
+    held.held = False
+    assert {part.request for part in scheduler.schedule().slices} >= {held}

@@ -1,14 +1,24 @@
 """What ranks in other processes are told equals what the scheduler knows."""
 
 import msgpack
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertmesh.engine.cache import PageCache
 from expertmesh.engine.sampler import fold_seed
 from expertmesh.engine.scheduler import Scheduler
-from expertmesh.engine.wire import COUNTS, FLOATS, BatchReader, BatchWriter, read_result, write_result
-from expertmesh.request import Batch, Request, Sampled, SamplingParams, StepResult
+from expertmesh.engine.wire import (
+    COUNTS,
+    FLOATS,
+    BatchReader,
+    BatchWriter,
+    read_masks,
+    read_result,
+    write_masks,
+    write_result,
+)
+from expertmesh.request import Batch, Limits, Request, Sampled, SamplingParams, StepResult
 from tests.support.fake import FakeModel, request_of
 
 
@@ -28,6 +38,8 @@ def told(batch: Batch) -> list[object]:
             r.pages,
             r.prompt_length,
             read(r.params),
+            r.params.logit_bias,
+            r.limits,
             r.seed,
         )
         for p in batch.slices
@@ -69,15 +81,17 @@ def test_parameters_arrive_whole() -> None:
     params = SamplingParams(
         max_tokens=3, temperature=0.5, top_p=0.9, top_k=3, min_p=0.1, seed=5, stop=("a", "b"), stop_token_ids=(1, 2),
         logprobs=2, prompt_logprobs=1, presence_penalty=0.5, frequency_penalty=-0.5, repetition_penalty=1.2,
-        ignore_eos=True,
+        ignore_eos=True, logit_bias={7: -100, 9: 0.5}, min_tokens=2,
     )  # fmt: skip
-    request = Request("x", [1, 2, 3], 3, params, -(1 << 63), pages=[0])
+    limits = Limits((1, 5), ((2, (3, 4)), (9, (3,))), ((5,), (6, 7)))
+    request = Request("x", [1, 2, 3], 3, params, -(1 << 63), limits=limits, pages=[0])
     scheduler = Scheduler(PageCache(4, 4), 8, 8, 8, 16)
     scheduler.add(request)
     batch = scheduler.schedule()
-    message = msgpack.unpackb(msgpack.packb(BatchWriter().write(batch)))
+    message = msgpack.unpackb(msgpack.packb(BatchWriter().write(batch)), strict_map_key=False)
     (part,) = BatchReader().read(message).slices
     assert read(part.request.params) == read(params) and part.request.seed == -(1 << 63)
+    assert part.request.params.logit_bias == {7: -100.0, 9: 0.5} and part.request.limits == limits
 
 
 def test_parameters_of_any_size_are_sent() -> None:
@@ -92,6 +106,13 @@ def test_parameters_of_any_size_are_sent() -> None:
     message = msgpack.unpackb(msgpack.packb(BatchWriter().write(scheduler.schedule())))
     (part,) = BatchReader().read(message).slices
     assert part.request.params.temperature == 1e25 and part.request.params.top_k > 1 << 20
+
+
+def test_masks_arrive_whole() -> None:
+    masks = {"a": np.array([1, -1, 1 << 30], dtype=np.int32), "b": np.zeros(3, dtype=np.int32)}
+    found = read_masks(msgpack.unpackb(msgpack.packb(write_masks(Batch((), masks)))))
+    assert found.keys() == masks.keys()
+    assert all(np.array_equal(found[key], mask) for key, mask in masks.items())
 
 
 def test_results_arrive_whole() -> None:
