@@ -3,10 +3,11 @@
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -15,6 +16,7 @@ from tokenizers.decoders import DecodeStream
 
 from expertmesh.config import read_object
 from expertmesh.engine import vocabulary
+from expertmesh.engine.markup import MARKS
 from expertmesh.errors import InputError
 
 Message = Mapping[str, Any]
@@ -40,7 +42,9 @@ class Tokenizer:
         config = folder / "tokenizer_config.json"
         self._config = read_object(config) if config.is_file() else {}
         self.bos, self.eos = self._named("bos_token"), self._named("eos_token")
-        self._template = self._chat_template(folder)
+        self.template = self._chat_template(folder)
+        added = self._rust.get_added_tokens_decoder()
+        self._marks = {i: t.content for i, t in added.items() if t.special and t.content in MARKS}
 
     @staticmethod
     def of(folder: Path, vocab_size: int) -> "Tokenizer | None":
@@ -49,11 +53,16 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        return self._template is not None
+        return self.template is not None
 
     @property
     def eos_token_id(self) -> int | None:
-        return self._rust.token_to_id(self.eos) if self.eos else None
+        return self.token_id(self.eos) if self.eos else None
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its own text; None where there is none."""
+        found: int | None = self._rust.token_to_id(token)
+        return found
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids; special adds what the checkpoint puts before every text, the first token as a rule."""
@@ -67,8 +76,9 @@ class Tokenizer:
                 ids = [bos, *ids]
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self._rust.decode(list(ids), skip_special_tokens=True))
+    def decode(self, ids: Sequence[int], special: bool = False) -> str:
+        """Text of token ids; special shows special tokens too."""
+        return str(self._rust.decode(list(ids), skip_special_tokens=not special))
 
     def token_text(self, token: int) -> str:
         return str(self._rust.decode([token], skip_special_tokens=False))
@@ -93,9 +103,9 @@ class Tokenizer:
         """Token ids of a conversation, up to where the assistant's turn begins."""
         return self.encode(self.render(messages, **variables), special=False)
 
-    def render(self, messages: Sequence[Message], **variables: Any) -> str:
+    def render(self, messages: Sequence[Message], /, **variables: Any) -> str:
         """The conversation as text, by the checkpoint's own template."""
-        if self._template is None:
+        if self.template is None:
             raise InputError("this checkpoint has no chat template; give the prompt as text or token ids")
         if not isinstance(messages, Sequence) or not all(
             isinstance(m, Mapping) and "role" in m for m in messages
@@ -110,13 +120,16 @@ class Tokenizer:
             "add_generation_prompt": True,
         }
         try:
-            template = _environment().from_string(self._template)
-            return template.render(fixed | named | variables | {"messages": list(messages)})
+            return self._compiled.render(fixed | named | variables | {"messages": list(messages)})
         except Exception as error:  # whatever a stranger's template may do
             raise InputError(f"the chat template cannot render these messages: {error}") from None
 
+    @cached_property
+    def _compiled(self) -> Template:
+        return _environment().from_string(self.template or "")
+
     def stream(self) -> "TextStream":
-        return TextStream(self._rust)
+        return TextStream(self._rust, self._marks)
 
     def _named(self, key: str) -> str | None:
         value = self._config.get(key)
@@ -140,14 +153,23 @@ class Tokenizer:
 
 
 class TextStream:
-    """Text of a growing sequence of tokens. A character that spans tokens comes when its last byte is there."""
+    """Text of a growing sequence of tokens. A character that spans tokens comes when its last byte is there. Special
+    tokens have no text, except marks of reasoning and of calls (token id -> its text)."""
 
-    def __init__(self, rust: RustTokenizer) -> None:
-        self._rust, self._decoder = rust, DecodeStream(skip_special_tokens=True)
+    def __init__(self, rust: RustTokenizer, marks: Mapping[int, str]) -> None:
+        self._rust, self._marks = rust, marks
+        self._restart()
+
+    def _restart(self) -> None:
+        self._decoder = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
         self._length = 0
 
     def push(self, token: int) -> str:
+        if token in self._marks:
+            before = self.flush()
+            self._restart()
+            return before + self._marks[token]
         self._ids.append(token)
         piece = self._decoder.step(self._rust, token) or ""
         self._length += len(piece)

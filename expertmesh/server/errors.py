@@ -1,23 +1,46 @@
-"""Errors in OpenAI's form."""
+"""What a client is told when a call cannot be answered, in the form of the API whose path was asked."""
 
+import uuid
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from expertmesh.errors import InputError
 from expertmesh.request import SamplingParams
+from expertmesh.server.events import JsonAnswer
 from expertmesh.server.worker import EngineStopped
+
+ANTHROPIC_PATH = "/v1/messages"
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+_OPENAI_TYPES = {429: "rate_limit_error"}
 
 
 class ApiError(Exception):
-    """What a client is told when a call cannot be answered."""
+    """An answer that is an error. headers: of the response, such as Retry-After."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
-        self.status, self.param, self.code = status, param, code
+        self.status, self.param, self.code, self.headers = status, param, code, headers
 
     @classmethod
     def of(cls, error: Exception) -> "ApiError":
@@ -27,39 +50,69 @@ class ApiError(Exception):
         if isinstance(error, RequestValidationError):
             return _of_validation(error)
         if isinstance(error, InputError):
-            word = str(error).partition(" ")[0]  # messages about a sampling parameter begin with its name
-            return cls(400, str(error), word if word in SamplingParams.__dataclass_fields__ else None)
+            return cls(400, str(error), param_of(error))
         if isinstance(error, EngineStopped):
             return cls(500, str(error), code="engine_stopped")
         return cls(500, "internal error; the server's log says more")
 
-    @property
-    def body(self) -> dict[str, Any]:
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+    def openai(self) -> dict[str, Any]:
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        told = {"message": str(self), "type": _OPENAI_TYPES.get(self.status, kind)}
+        return {"error": {**told, "param": self.param, "code": self.code}}
+
+    def anthropic(self) -> dict[str, Any]:
+        kind = "api_error" if self.status >= 500 else "invalid_request_error"
+        error = {"type": _ANTHROPIC_TYPES.get(self.status, kind), "message": str(self)}
+        return {"type": "error", "error": error, "request_id": f"req_{uuid.uuid4().hex}"}
+
+    def response(self, path: str) -> Response:
+        """For a request of this path."""
+        inside = path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/")
+        headers = dict(self.headers or {})
+        return JsonAnswer(self.anthropic() if inside else self.openai(), self.status, headers)
+
+
+def param_of(error: InputError) -> str | None:
+    """The sampling parameter that the error is about: messages begin with its name."""
+    word = str(error).partition(" ")[0].rstrip(":")
+    known = {*SamplingParams.__dataclass_fields__, "tools", "tool_choice", "messages", "input"}
+    return word if word in known else None
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Let the application answer every error in this form."""
+    """Let the application answer every error in the form of its API."""
 
     async def answer(request: Request, error: Exception) -> Response:
+        path = request.url.path
         if isinstance(error, HTTPException):  # an unknown path, or a known one with another method
-            message = f"{error.detail}: {request.method} {request.url.path}"
-            return JSONResponse(ApiError(error.status_code, message).body, error.status_code, error.headers)
-        told = ApiError.of(error)
-        return JSONResponse(told.body, told.status)
+            message = f"{error.detail}: {request.method} {path}"
+            return ApiError(error.status_code, message, headers=error.headers).response(path)
+        return ApiError.of(error).response(path)
 
     for kind in (ApiError, InputError, EngineStopped, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)
 
 
 def _of_validation(error: RequestValidationError) -> ApiError:
-    first = error.errors()[0]
-    place, context = [str(part) for part in first["loc"][1:]], first.get("ctx") or {}
+    # Where a field may be of several types, each has an error; the one that went deepest says most.
+    first = max(error.errors(), key=lambda e: (e["type"] == "refused", len(e["loc"])))
+    context = first.get("ctx") or {}
     if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is not valid JSON: {context['error']} at character {place[0]}")
+        return ApiError(400, f"the body is not valid JSON: {context['error']} at character {first['loc'][1]}")
     if first["type"] == "refused":
         return ApiError(400, first["msg"], context["param"])
+    place = _place(first["loc"][1:], error.body, first["type"] == "missing")
     if not place:
         return ApiError(400, "the body must be a JSON object, sent with Content-Type: application/json")
     return ApiError(400, f"{'.'.join(place)}: {first['msg']}", place[0])
+
+
+def _place(location: Sequence[str | int], body: Any, missing: bool) -> list[str]:
+    """The path of a field in the body; a location names also which of several types was tried."""
+    place = []
+    for part in location:
+        inside = isinstance(part, int) and isinstance(body, list) and part < len(body)
+        if inside or (isinstance(body, dict) and part in body):
+            place.append(str(part))
+            body = body[part]
+    return [*place, str(location[-1])] if missing and location else place

@@ -120,6 +120,25 @@ def test_stream_gives_a_character_with_its_last_byte(small: Tokenizer) -> None:
     assert stream.flush() == ""
 
 
+def test_marks_of_calls_are_text_although_they_are_special(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    rust = RustTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    rust.add_special_tokens(["<｜tool▁call▁begin｜>", "</think>", "<other>"])
+    rust.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path, 280)
+    text = "a</think>é🙂<｜tool▁call▁begin｜>the<other> b"
+    ids = tokenizer.encode(text, special=False)
+    stream = tokenizer.stream()
+    assert "".join(map(stream.push, ids)) + stream.flush() == text.replace("<other>", "")
+    begin = ids.index(tokenizer.token_id("<｜tool▁call▁begin｜>") or 0)
+    cut = tokenizer.stream()  # a character that the mark cuts off is shown as what it is
+    assert (
+        "".join(map(cut.push, ids[: begin - 1] + ids[begin:])) == "a</think>é\ufffd<｜tool▁call▁begin｜>the b"
+    )
+    assert tokenizer.decode(ids) == "aé🙂the b"
+    assert tokenizer.decode(ids, special=True) == text
+
+
 def test_special_tokens_are_no_text_but_have_one(small: Tokenizer, demo: Tokenizer) -> None:
     assert small.encode("<user>the", special=False) == [2, small.encode("the", special=False)[0]]
     assert small.decode([0, 2, *small.encode("the", special=False), 1]) == "the"

@@ -4,28 +4,38 @@ import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import openai
 import pytest
 import torch
 import transformers
 import uvicorn
+from fastapi import FastAPI
 
 from expertmesh import LLM
+from expertmesh.config import ModelConfig
+from expertmesh.engine.intake import Intake
 from expertmesh.llm import demo_model
 from expertmesh.server.app import create_app
 from expertmesh.server.worker import Worker
+from tests.server.scripted import ScriptedWorker, template
 
 NAME = "tiny"
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model with the tokenizer and the chat template of the demo model."""
     path = tmp_path_factory.mktemp("served")
+    make_folder(path)
+    return path
+
+
+def make_folder(path: Path) -> None:
+    """A random model with the tokenizer and the chat template of the demo model."""
     config = transformers.DeepseekV3Config(
         vocab_size=8192, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=4, n_shared_experts=1, n_routed_experts=8, kv_lora_rank=16,
@@ -38,7 +48,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     transformers.DeepseekV3ForCausalLM(config).save_pretrained(path)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(demo_model() / name, path)
-    return path
 
 
 @pytest.fixture
@@ -66,12 +75,44 @@ def client(url: str) -> Iterator[openai.OpenAI]:
         yield found
 
 
+@pytest.fixture(scope="session")
+def script_server(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[ScriptedWorker, str]]:
+    """A server of a model in the form of DeepSeek-V3.1 that says what it is told, and its address."""
+    path = tmp_path_factory.mktemp("scripted")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / name, path)
+    shutil.copy(template("deepseek_v31"), path / "chat_template.jinja")
+    intake = Intake.of(path, ModelConfig.from_folder(path))
+    worker = ScriptedWorker(intake)
+    with serving_app(create_app(intake, cast(Worker, worker), NAME)) as url:
+        yield worker, url
+
+
+@pytest.fixture
+def script(script_server: tuple[ScriptedWorker, str]) -> ScriptedWorker:
+    worker, _ = script_server
+    worker.text, worker.fails = "Yes.", -1
+    return worker
+
+
+@pytest.fixture
+def script_url(script_server: tuple[ScriptedWorker, str]) -> str:
+    return script_server[1]
+
+
+def serving(llm: LLM, grace: float = 10) -> AbstractContextManager[str]:
+    """A server of a model in a thread."""
+    return serving_app(create_app(llm.engine.intake, Worker(llm.engine), NAME), grace)
+
+
 @contextmanager
-def serving(llm: LLM, grace: float = 10) -> Iterator[str]:
+def serving_app(app: FastAPI, grace: float = 10) -> Iterator[str]:
     """A server in a thread. Leaving ends it and waits for the end."""
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
-        create_app(llm.engine.intake, Worker(llm.engine), NAME),
+        app,
         lifespan="on",
         ws="none",
         log_config=None,

@@ -10,8 +10,10 @@ from expertmesh import Output
 from expertmesh.engine.tokenizer import Tokenizer
 from expertmesh.llm import demo_model
 from expertmesh.request import FinishReason
-from expertmesh.server.answer import Answer, ChatAnswer, CompletionAnswer
-from expertmesh.server.schema import ChatRequest, CompletionRequest
+from expertmesh.server.chat.template import ChatTemplate
+from expertmesh.server.openai.answer import ChatAnswer, ChoicesAnswer, CompletionAnswer
+from expertmesh.server.openai.schema import ChatRequest, CompletionRequest
+from expertmesh.server.service import Opened
 
 TEXT = "Once upon a time 春眠不觉晓🙂 there was"
 
@@ -52,13 +54,15 @@ def completion(tokenizer: Tokenizer, **fields: Any) -> CompletionAnswer:
 def chat(tokenizer: Tokenizer, **fields: Any) -> ChatAnswer:
     messages = [{"role": "user", "content": "x"}]
     body = {"model": "m", "messages": messages, "logprobs": True, "top_logprobs": 1}
-    return ChatAnswer(ChatRequest.model_validate(body | fields), "m", tokenizer)
+    request = ChatRequest.model_validate(body | fields)
+    opened = Opened([], None, None, request.asked(), ChatTemplate(tokenizer))
+    return ChatAnswer(request, "m", tokenizer, opened)
 
 
-def chunks_of(answer: Answer, outputs: list[Output], read: list[bool]) -> list[dict[str, Any]]:
+def chunks_of(answer: ChoicesAnswer, outputs: list[Output], read: list[bool]) -> list[dict[str, Any]]:
     """Choices of the chunks where a reader meets some of the outputs, and the last one."""
     met = [o for o, seen in zip(outputs, read, strict=True) if seen or o.finished]
-    return [chunk["choices"][0] for output in met for chunk in answer.chunk(0, output)]
+    return [chunk["choices"][0] for output in met for chunk in answer.more(0, output)]
 
 
 @given(data=st.data())
@@ -124,7 +128,7 @@ def test_usage_counts_every_prompt_once(tokenizer: Tokenizer) -> None:
     count = len(output.token_ids)
     answer = completion(tokenizer, n=2, stream=True, stream_options={"include_usage": True})
     for number in (3, 0, 1, 2):
-        assert answer.chunk(number, output)[0]["usage"] is None
+        assert answer.more(number, output)[0]["usage"] is None
     (last,) = answer.closing()
     assert last["choices"] == []
     assert last["usage"] == {

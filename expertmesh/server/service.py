@@ -1,0 +1,149 @@
+"""What the routes of all APIs share: the one way from a request to jobs and back."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from fastapi import Request, Response
+from starlette.requests import ClientDisconnect
+
+from expertmesh.engine.intake import Intake
+from expertmesh.errors import InputError
+from expertmesh.request import Output
+from expertmesh.server.chat.constraints import grammar_of
+from expertmesh.server.chat.parser import Parser
+from expertmesh.server.chat.template import ChatTemplate, begins_reasoning
+from expertmesh.server.chat.turn import Turn
+from expertmesh.server.errors import ApiError, param_of
+from expertmesh.server.events import EventStream, JsonAnswer, event, unless_gone
+from expertmesh.server.worker import EngineStopped, Job, Worker
+
+
+class Answer(Protocol):
+    """What one call is answered, whole or in events. named: events have their type as a name, and nothing follows the
+    last one; otherwise [DONE] does."""
+
+    named: bool
+
+    def whole(self, outputs: Mapping[int, Output]) -> Mapping[str, Any]: ...
+
+    def opening(self) -> Sequence[Mapping[str, Any]]:
+        """Events before anything is generated."""
+        ...
+
+    def more(self, number: int, output: Output) -> Sequence[Mapping[str, Any]]:
+        """What is new in the output of a job."""
+        ...
+
+    def closing(self) -> Sequence[Mapping[str, Any]]:
+        """Events after the last output."""
+        ...
+
+    def failing(self, error: ApiError) -> Sequence[Mapping[str, Any]]:
+        """Events after which nothing comes, since the rest cannot be generated."""
+        ...
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a request has come to."""
+
+    jobs: Sequence[Job]
+    answer: Answer
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A turn whose prompt is made. thinking: whether the answer begins with reasoning; None where there is none."""
+
+    tokens: list[int]
+    thinking: bool | None
+    grammar: str | None
+    turn: Turn
+    template: ChatTemplate
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Keywords of SamplingParams that the turn decides."""
+        return {} if self.grammar is None else {"grammar": self.grammar}
+
+    def parser(self) -> Parser:
+        """For one answer."""
+        return Parser(self.thinking, self.template.markup if self.turn.callable else None)
+
+
+class Service:
+    """The model that is served, under its name, and who computes. InputError where the checkpoint has no tokenizer."""
+
+    def __init__(self, intake: Intake, worker: Worker, name: str) -> None:
+        if intake.tokenizer is None:
+            raise InputError(f"{intake.folder}: has no tokenizer.json, so it cannot be served")
+        self.intake, self.worker, self.name = intake, worker, name
+        self.tokenizer = intake.tokenizer
+        self.template = ChatTemplate(self.tokenizer)
+        self.created = int(time.time())
+
+    def check_model(self, model: str) -> None:
+        if model != self.name:
+            message = f"there is no model {model!r} here, only {self.name!r}"
+            raise ApiError(404, message, "model", "model_not_found")
+
+    def open(self, turn: Turn) -> Opened:
+        """Prompt and grammar of a turn."""
+        text = self.template.render(turn)
+        thinking = begins_reasoning(text) if self.template.reasons else None
+        grammar = grammar_of(turn, self.template.markup, bool(thinking))
+        return Opened(self.tokenizer.encode(text, special=False), thinking, grammar, turn, self.template)
+
+    def jobs(self, tokens: list[int], field: str, sampling: Mapping[str, Any], choices: int = 1) -> list[Job]:
+        """Jobs for one prompt, checked. field: what a prompt that does not fit is called."""
+        context = self.intake.max_context  # what it holds ends an output, whatever was asked for
+        params = self.intake.default_params(**({"max_tokens": context} | dict(sampling)))
+        try:
+            self.intake.check(tokens, params)
+        except InputError as error:
+            code = "context_length_exceeded" if len(tokens) >= context else None
+            raise ApiError(400, str(error), param_of(error) or field, code) from None
+        # Choices of one prompt must differ, and a seed must give the same ones again.
+        seeds = [None if params.seed is None else params.seed + i for i in range(choices)]
+        return [Job(tokens, replace(params, seed=seed)) for seed in seeds]
+
+    async def respond(
+        self, request: Request, model: str, stream: bool | None, prepare: Callable[[], Call]
+    ) -> Response:
+        """Answer a request. prepare: makes its call; templates and tokenising take time, so it runs beside the loop."""
+        self.check_model(model)
+        call = await asyncio.to_thread(prepare)
+        self.worker.check()  # while an error can still have its status
+        if stream:
+            return EventStream(self._events(call))
+        try:
+            outputs = await unless_gone(request, self._collect(call.jobs))
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody reads it
+        return JsonAnswer(call.answer.whole(outputs))
+
+    async def _collect(self, jobs: Sequence[Job]) -> dict[int, Output]:
+        async with aclosing(self.worker.generate(jobs)) as outputs:
+            return {number: output async for number, output in outputs}
+
+    async def _events(self, call: Call) -> AsyncGenerator[bytes]:
+        answer = call.answer
+        for data in answer.opening():
+            yield event(data, answer.named)
+        try:
+            async with aclosing(self.worker.generate(call.jobs)) as outputs:
+                async for number, output in outputs:
+                    for data in answer.more(number, output):
+                        yield event(data, answer.named)
+        except (EngineStopped, InputError) as error:
+            for data in answer.failing(ApiError.of(error)):
+                yield event(data, answer.named)
+            return
+        for data in answer.closing():
+            yield event(data, answer.named)
+        if not answer.named:
+            yield b"data: [DONE]\n\n"
