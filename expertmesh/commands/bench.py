@@ -9,11 +9,13 @@ from expertmesh.commands.bench_engine import add_engine
 from expertmesh.commands.bench_kernels import add_kernels
 from expertmesh.commands.bench_planning import add_machine, add_planner, add_scale
 from expertmesh.commands.bench_precision import add_precision_bench
+from expertmesh.commands.bench_serve import add_serve
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     subparsers = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
     add_engine(subparsers)
+    add_serve(subparsers)
     add_kernels(subparsers)
     add_precision_bench(subparsers)
     add_balance(subparsers)

@@ -11,7 +11,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
     )
     parser.add_argument("--port", type=int, default=8000, help="default: 8000; 0 takes a free one")
-    parser.add_argument("--name", help="the model's name in the API (default: its folder's)")
+    parser.add_argument(
+        "--name", action="append",
+        help="the model's name in the API (default: its folder's); repeatable, for further names",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -19,5 +22,6 @@ def run(args: argparse.Namespace) -> int:
 
     check_port(args.host, args.port)
     with load_llm(args) as llm:
-        serve(llm, args.name or llm.name, args.host, args.port)
+        name, *aliases = args.name or [llm.name]
+        serve(llm, name, args.host, args.port, aliases)
     return 0

@@ -1,6 +1,6 @@
 """The application: the routes of all APIs over one service."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
@@ -16,9 +16,10 @@ from expertmesh.server.service import Service
 from expertmesh.server.worker import Worker
 
 
-def create_app(intake: Intake, worker: Worker, name: str) -> FastAPI:
+def create_app(intake: Intake, worker: Worker, name: str, aliases: Sequence[str] = ()) -> FastAPI:
     """OpenAI's and Anthropic's API for one model. worker: who computes; it is started and stopped with the application.
-    name: what clients call the model. InputError where the checkpoint has no tokenizer.
+    name: what clients call the model; aliases: what they may call it too. InputError where the checkpoint has no
+    tokenizer.
     """
 
     @asynccontextmanager
@@ -35,7 +36,7 @@ def create_app(intake: Intake, worker: Worker, name: str) -> FastAPI:
             return ApiError(503, worker.problem, code="engine_stopped").response("/health")
         return JsonAnswer({"status": "ok"} | worker.report())
 
-    service = Service(intake, worker, name)
+    service = Service(intake, worker, name, aliases)
     # Its pages of documentation would be loaded from elsewhere.
     app = FastAPI(title="ExpertMesh", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.worker = worker
@@ -45,5 +46,5 @@ def create_app(intake: Intake, worker: Worker, name: str) -> FastAPI:
     app.include_router(openai_routes.router(service))
     app.include_router(anthropic_routes.router(service))
     add_handlers(app)
-    describe(app, name)
+    describe(app, [name, *aliases])
     return app

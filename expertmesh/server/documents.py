@@ -1,5 +1,6 @@
 """What the server says of itself: the answers of its routes, for /openapi.json."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -38,9 +39,9 @@ def answers(answer: Any, error: Any, *errors: int, stream: bool = False) -> dict
     return found
 
 
-def describe(app: FastAPI, model: str) -> None:
+def describe(app: FastAPI, names: Sequence[str]) -> None:
     """Let the document of the application hold only what it answers: bodies that do not fit get 400 here, not 422, and
-    there is one model."""
+    models have these names."""
     made = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -55,7 +56,7 @@ def describe(app: FastAPI, model: str) -> None:
             named = schema.get("properties", {}).get("model", {})
             for form in (named, *named.get("anyOf", ())):
                 if form.get("type") == "string":
-                    form["enum"] = [model]
+                    form["enum"] = list(names)
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import uvicorn
 from fastapi import FastAPI
@@ -25,8 +25,10 @@ def check_port(host: str, port: int) -> None:
     _listen(host, port).close()
 
 
-def serve(llm: LLM, name: str, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Serve the OpenAI API until SIGINT or SIGTERM. Port 0 takes a free one.
+def serve(
+    llm: LLM, name: str, host: str = "127.0.0.1", port: int = 8000, aliases: Sequence[str] = ()
+) -> None:
+    """Serve the OpenAI API until SIGINT or SIGTERM. Port 0 takes a free one. aliases: other names of the model.
 
     Prints the URL on standard error as soon as it listens. When it is told to stop, answers that are on their way
     have a few seconds to end, then they end with an error; a second SIGINT does not wait.
@@ -34,7 +36,9 @@ def serve(llm: LLM, name: str, host: str = "127.0.0.1", port: int = 8000) -> Non
     listener = _listen(host, port)
     where = f"[{host}]" if ":" in host else host
     url = f"http://{where}:{listener.getsockname()[1]}/v1"
-    server = _Server(create_app(llm.engine.intake, Worker(llm.engine), name), f"serving {name} at {url}")
+    server = _Server(
+        create_app(llm.engine.intake, Worker(llm.engine), name, aliases), f"serving {name} at {url}"
+    )
     with listener, _ended_by_signals(server):
         server.run(sockets=[listener])
 

@@ -76,18 +76,20 @@ class Opened:
 
 
 class Service:
-    """The model that is served, under its name, and who computes. InputError where the checkpoint has no tokenizer."""
+    """The model that is served, under its name and others, and who computes. InputError where the checkpoint has no
+    tokenizer."""
 
-    def __init__(self, intake: Intake, worker: Worker, name: str) -> None:
+    def __init__(self, intake: Intake, worker: Worker, name: str, aliases: Sequence[str] = ()) -> None:
         if intake.tokenizer is None:
             raise InputError(f"{intake.folder}: has no tokenizer.json, so it cannot be served")
         self.intake, self.worker, self.name = intake, worker, name
+        self.names = {name, *aliases}
         self.tokenizer = intake.tokenizer
         self.template = ChatTemplate(self.tokenizer)
         self.created = int(time.time())
 
     def check_model(self, model: str) -> None:
-        if model != self.name:
+        if model not in self.names:
             message = f"there is no model {model!r} here, only {self.name!r}"
             raise ApiError(404, message, "model", "model_not_found")
 

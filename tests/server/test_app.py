@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from fastapi.testclient import TestClient
 from openai import AsyncOpenAI, OpenAI
 
 from expertmesh import LLM, InputError, SamplingParams, Topology
@@ -65,6 +66,16 @@ def test_models_and_health(client: OpenAI, url: str) -> None:
     assert (model.id, model.object, model.owned_by) == (NAME, "model", "expertmesh")
     health = httpx.get(f"{url}/health")
     assert (health.status_code, health.json()) == (200, {"status": "ok"})
+
+
+def test_it_answers_to_every_name_by_that_name(new_llm: Callable[..., LLM]) -> None:
+    llm = new_llm()
+    with TestClient(create_app(llm.engine.intake, Worker(llm.engine), "a", ["b"])) as client:
+        for name, status in (("a", 200), ("b", 200), ("c", 404)):
+            answer = client.post("/v1/completions", json={"model": name, "prompt": "x", "max_tokens": 1})
+            assert answer.status_code == status and answer.json().get("model") == (
+                name if status == 200 else None
+            )
 
 
 def test_requests_that_come_and_go_while_experts_move(new_llm: Callable[..., LLM], library: LLM) -> None:

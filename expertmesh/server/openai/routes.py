@@ -96,17 +96,17 @@ class _Routes:
         sampling = body.sampling() | _grammar(body.constraints())
         for prompt in body.prompts:
             jobs += service.jobs(service.intake.tokens(prompt), "prompt", sampling, body.choices)
-        return Call(jobs, CompletionAnswer(body, service.name, service.tokenizer))
+        return Call(jobs, CompletionAnswer(body, body.model, service.tokenizer))
 
     def _chat(self, body: ChatRequest) -> Call:
         service, opened = self._service, self._service.open(body.asked())
         jobs = service.jobs(opened.tokens, "messages", body.sampling() | opened.sampling, body.choices)
-        return Call(jobs, ChatAnswer(body, service.name, service.tokenizer, opened))
+        return Call(jobs, ChatAnswer(body, body.model, service.tokenizer, opened))
 
     def _response(self, body: ResponseRequest) -> Call:
         service, opened = self._service, self._service.open(body.turn())
         (job,) = service.jobs(opened.tokens, "input", body.sampling() | opened.sampling)
-        return Call([job], ResponseAnswer(body, service.name, service.tokenizer, opened, job.params))
+        return Call([job], ResponseAnswer(body, body.model, service.tokenizer, opened, job.params))
 
 
 def _grammar(constraints: Sequence[dict[str, Any]]) -> dict[str, Any]:
