@@ -461,6 +461,8 @@ def test_without_the_right(
         (["--nodes", "2", "--cards", "2", "--kill", "2@1", "--", "chat", "--join", "x"], "there is no node 2"),
         (["--nodes", "2", "--", "memory", "--layout", "2x8"], "memory knows one machine only: run it without emulate"),
         (["--nodes", "2", "--", "expertmesh", "bench", "transport"], "bench transport knows one machine only"),
+        (["--nodes", "2", "--", "plan", "--card", "h800"], "expertmesh: plan knows one machine only"),
+        (["--nodes", "2", "plan", "simulate", "--card", "h800"], "plan simulate knows one machine only"),
         (["--nodes", "2", "emulate", "--nodes", "2", "chat"], "emulate knows one machine only"),
         (["--nodes", "2", "--kill", "1@1", "doctor"], "--kill: doctor has no ranks on nodes; generate, chat, serve"),
         (["--nodes", "2", "--", "no-such-program"], "no-such-program: no such program, and no command of"),
@@ -486,7 +488,8 @@ def test_the_commands_that_it_knows_of() -> None:
         importlib.import_module(f"expertmesh.commands.{name}").add_arguments(parser)
         subparsers = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
         inner = [(f"{name} {what}", sub) for action in subparsers for what, sub in action.choices.items()]
-        found |= {full: bool(sub.get_default("clustered")) for full, sub in inner or [(name, parser)]}
+        alone = [(name, parser)] if all(not action.required for action in subparsers) else []
+        found |= {full: bool(sub.get_default("clustered")) for full, sub in [*alone, *inner]}
     assert set(SPREAD) == {name for name, spread in found.items() if spread}
     assert set(ELSEWHERE) == {name for name, spread in found.items() if not spread} - {"doctor"}
 

@@ -4,7 +4,7 @@ Experts are replaced by their weights alone, so that what comes back is known: e
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -112,10 +112,13 @@ def _meet(comm: Comm, ranks: Sequence[int]) -> None:
 
 
 def bench_exchange(
-    workload: Workload, names: Sequence[str], launcher: Launcher | None = None
+    workload: Workload,
+    names: Sequence[str],
+    launcher: Launcher | None = None,
+    of: Callable[["np.ndarray[Any, Any]"], Any] = np.median,
 ) -> dict[str, Any]:
     """The report of `expertmesh bench exchange`; everything against `flat`, which is always measured. launcher: starts
-    the ranks, which are then processes."""
+    the ranks, which are then processes; of: which of a phase's seconds is taken of all rounds."""
     names = list(dict.fromkeys(["flat", *names]))
     if launcher is not None:
         ranks, rate = _as_processes(workload, names, launcher), launcher.rate
@@ -124,7 +127,7 @@ def bench_exchange(
     predicted = {name: predict(workload, name) for name in names}
     measured = _Measured(workload, ranks)
     counted = {name: measured.across(name) for name in names}
-    seconds = {name: measured.seconds(name) for name in names}
+    seconds = {name: measured.seconds(name, of) for name in names}
     return {
         "nodes": workload.nodes,
         "cards": workload.cards,
@@ -175,9 +178,9 @@ class _Measured:
     def messages(self, name: str) -> dict[str, int]:
         return _phases(*(int(self._table(name, "messages", p).sum()) for p in PHASES))
 
-    def seconds(self, name: str) -> dict[str, float]:
-        """Median over the rounds of the slowest rank."""
-        return _phases(*(float(np.median(self._table(name, "seconds", p).max(0))) for p in PHASES))
+    def seconds(self, name: str, of: Callable[["np.ndarray[Any, Any]"], Any]) -> dict[str, float]:
+        """Of the slowest rank in each round."""
+        return _phases(*(float(of(self._table(name, "seconds", p).max(0))) for p in PHASES))
 
     @property
     def has_interface(self) -> bool:

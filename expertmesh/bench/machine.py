@@ -6,13 +6,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from expertmesh.bench.exchange import PRELOAD, bench_exchange
-from expertmesh.bench.kernels import COLD, Ceilings
+from expertmesh.bench.kernels import Ceilings, seconds_of
 from expertmesh.bench.reached import reached, tape_seconds
 from expertmesh.bench.transport import exchange_seconds
 from expertmesh.bench.workload import Workload
@@ -24,9 +26,14 @@ from expertmesh.errors import InputError
 from expertmesh.kernels.cpu import Cpu
 from expertmesh.launch.launcher import Here
 from expertmesh.llm import demo_model
+from expertmesh.mesh.topology import Topology
 from expertmesh.planner.cards import NUMBERS, read_card
 
 SMALL, LARGE = 64, 4 << 20  # bytes of a message
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+MANY = 512, 512  # rows of an exchange, and how wide they are
+# What ceilings are measured on: as little as no cache holds, for what takes long is disturbed.
+COLD, PRODUCT = 128 << 20, (256, 1024, 1024)
 
 
 @dataclass(frozen=True)
@@ -57,21 +64,34 @@ def bench_machine(setting: Setting, kernels: Cpu) -> dict[str, Any]:
     operations/s and seconds."""
     memory = free_memory()
     with torch.inference_mode():
-        ceilings = Ceilings(kernels, COLD)
+        ceilings = Ceilings(kernels, COLD, PRODUCT)
         ceilings.measure()  # memory and threads are there now
-        found = [ceilings.measure() for _ in range(setting.rounds)]
+        found = [ceilings.measure() for _ in range(10 * setting.rounds)]
         best = {name: max(each[name] for each in found) for name in found[0]}
         small = tape_seconds(kernels, setting.rounds)
+        cache = last_cache()
+        cached = reading(kernels, cache // 2, 40 * setting.rounds)
         parameters = _reached(kernels, best, small, setting.rounds)
-    link = {ranks: exchange_seconds(ranks, (SMALL, LARGE), setting.rounds, of=min) for ranks in (2, 4)}
+    kinds = ("in place", "copied", "gathered")
+    link = {
+        ranks: exchange_seconds(ranks, (SMALL, LARGE), 4 * setting.rounds, kinds, min) for ranks in (2, 4)
+    }
+    how = "measured by `expertmesh bench machine`"
+    found_of_ranks = {
+        "collective_us": (1e6 * link[2][SMALL]["gathered"], f"{how}: {SMALL} bytes of each of two processes"),
+        "ranks_us": (1e6 * asking(setting.rounds), f"{how}: two processes are asked, and answer"),
+    }
+    parameters |= _entries_of(found_of_ranks)
     measured = {
         "memory_bytes": memory,
+        "cache_bytes": cache,
+        "cached": cached,
         "ceilings": best,
         "launch": small["swiglu"],  # whose threads wait for each other as they do in a layer
         "in_place": link[2][SMALL]["in place"],
         "copied": link[2][LARGE]["copied"],
         "peer": max(0.0, (link[4][SMALL]["in place"] - link[2][SMALL]["in place"]) / 2),
-        "exchange": empty_exchange(setting.rounds),
+        "exchange": exchanges(setting.rounds),
     }
     return {
         "title": f"this machine, {kernels.variant.name}, {torch.get_num_threads()} threads",
@@ -93,17 +113,55 @@ def _reached(
         found = reached(kernels, ceilings, small, demo, rounds)
     finally:
         demo.close()
+    return _entries_of(found)
+
+
+def _entries_of(found: Mapping[str, tuple[float, str]]) -> dict[str, dict[str, Any]]:
     return {name: {"value": _rounded(value), "source": source} for name, (value, source) in found.items()}
 
 
-def empty_exchange(rounds: int) -> dict[str, float]:
-    """Seconds of dispatch and combine of one row of a few numbers between two ranks that are processes."""
-    workload = Workload(
-        nodes=1, cards=2, tokens=1, hidden=64, experts=8, groups=1, groups_per_token=1, experts_per_token=2,
-        rounds=4 * rounds,
+def last_cache() -> int:
+    """Bytes of the largest cache of this machine, 0 where the system does not say."""
+    sizes = [path.read_text().strip() for path in CACHES.glob("index*/size")]
+    return max((int(size[:-1]) << 10 for size in sizes if size.endswith("K")), default=0)
+
+
+def reading(kernels: Cpu, size: int, rounds: int) -> float:
+    """Bytes/s of reading so many bytes over and over, 0 of none."""
+    if not size:
+        return 0.0
+    memory = torch.ones(size, dtype=torch.uint8)
+    threads = torch.get_num_threads()
+    read = partial(kernels.read_memory, memory.data_ptr(), size, threads)
+    read()
+    return size / min(seconds_of(read) for _ in range(rounds))
+
+
+def asking(rounds: int) -> float:
+    """Seconds in which two ranks that are processes answer their driver."""
+    config = EngineConfig(ranks="processes", cache_tokens=1 << 10, max_context=1 << 9)
+    engine = Engine(demo_model(), config, Topology(1, 2, 1))
+    try:
+        return min(seconds_of(engine.ranks.sent) for _ in range(20 * rounds))
+    finally:
+        engine.close()
+
+
+def exchanges(rounds: int) -> dict[str, float]:
+    """Of two ranks that are processes: seconds of dispatch and combine of one row of a few numbers, and bytes/s of the
+    dispatch of many rows beyond that."""
+    few, many = (
+        Workload(
+            nodes=1, cards=2, tokens=tokens, hidden=hidden, experts=8, groups=1, groups_per_token=1,
+            experts_per_token=2, rounds=20 * rounds,
+        )
+        for tokens, hidden in ((1, 64), MANY)
     )  # fmt: skip
-    seconds: dict[str, float] = bench_exchange(workload, ["two_tier"], Here(PRELOAD))["seconds"]["two_tier"]
-    return seconds
+    name = "two_tier"
+    empty, full = (bench_exchange(workload, [name], Here(PRELOAD), np.min) for workload in (few, many))
+    seconds: dict[str, float] = empty["seconds"][name]
+    more = full["seconds"][name]["dispatch"] - seconds["dispatch"]
+    return seconds | {"rate": full["in_node_bytes"][name]["dispatch"] / 2 / max(more, 1e-6)}
 
 
 def numbers(setting: Setting, measured: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -121,7 +179,10 @@ def numbers(setting: Setting, measured: Mapping[str, Any]) -> dict[str, dict[str
     exchange = measured["exchange"]
     found: dict[str, tuple[float, str]] = {
         "memory_gb": (measured["memory_bytes"] / cards / 1e9, f"free when measured{share}"),
-        "memory_gbs": (limits["read"] / cards / 1e9, f"{how}: reading 1 GiB by all threads{share}"),
+        "memory_gbs": (
+            limits["read"] / cards / 1e9,
+            f"{how}: reading {COLD >> 20} MiB by all threads{share}",
+        ),
         "bf16_tflops": (
             bf16 / cards / 1e12,
             f"{how}: a large product, the faster of ours and torch's{share}",
@@ -129,8 +190,11 @@ def numbers(setting: Setting, measured: Mapping[str, Any]) -> dict[str, dict[str
         "fp8_tflops": (0, none),
         "int8_tflops": (limits["w8a8"] / cards / 1e12, f"{how}: a large product in W8A8{share}"),
         "fp4_tflops": (0, none),
+        "cache_mb": (measured["cache_bytes"] / cards / 1e6, f"of the last level, as the system says{share}"),
+        "cache_gbs": (measured["cached"] / cards / 1e9, f"{how}: reading half of it by all threads{share}"),
+        "fp32_tflops": (limits["float32"] / cards / 1e12, f"{how}: a product in float32{share}"),
         "node_gbs": node,
-        "bulk_gbs": node,
+        "bulk_gbs": (exchange["rate"] / 1e9, f"{how}: {MANY[0]} rows between two processes, beyond one"),
         "node_us": (1e6 * measured["in_place"], f"{how}: {SMALL} bytes between two processes, read in place"),
         "across_gbs": (across_gbs, given if setting.across_gbs else alone),
         "across_us": (across_us, given if setting.across_us else alone),

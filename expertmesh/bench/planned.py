@@ -1,8 +1,8 @@
 """Steps of the engine on this machine, beside what is predicted of them for the card that `bench machine` makes of it.
 
-Steps of decoding and of prefill over layouts, batches, contexts and precisions that run honestly here: no more ranks
-than cores. Ratios between cases are scored above all: they say whether a planner puts them in the right order, and a
-machine's own constant is in all of them.
+Steps of decoding and of prefill over layouts, batches, contexts and precisions. Where there are more ranks than cores,
+they share them. Ratios between cases are scored above all: they say whether a planner puts them in the right order, and
+a machine's own constant is in all of them.
 """
 
 import math
@@ -15,17 +15,19 @@ from typing import Any, TypeAlias
 
 import torch
 
+from expertmesh.comm.local import cores
 from expertmesh.config import EngineConfig, ModelConfig
 from expertmesh.engine.engine import Engine
 from expertmesh.errors import InputError
 from expertmesh.mesh.topology import Topology
-from expertmesh.planner.cards import Card
+from expertmesh.planner.cards import NUMBERS, Card
 from expertmesh.planner.costs import decode_step, prefill_step
 from expertmesh.planner.deployment import Decode, Deployment, Prefill
 from expertmesh.planner.formats import of_engine
 from expertmesh.request import SamplingParams
 
 PAGE = 32
+SPARE = 128  # tokens beyond the context: those whose prompts are read first go on while others are read
 WARM = 2  # steps of a kind before those that count: tapes are recorded, memory is touched
 
 
@@ -62,7 +64,7 @@ class Grid:
     contexts: tuple[int, ...] = (128, 1024)
     prompts: tuple[int, ...] = (128, 512)
     rounds: int = 5
-    turns: int = 3
+    turns: int = 2
 
     def __post_init__(self) -> None:
         for name in ("batches", "contexts", "prompts"):
@@ -70,8 +72,11 @@ class Grid:
                 raise InputError(f"--{name}: sizes must be at least 1")
         if self.rounds < 1 or self.turns < 1:
             raise InputError("--rounds and --turns must be at least 1")
-        if min(self.contexts, default=PAGE) < WARM + self.rounds + 2:
-            raise InputError(f"--contexts: at least {WARM + self.rounds + 2} tokens for {self.rounds} rounds")
+        least = len(self.batches) * (WARM + self.rounds) // 2 + 2
+        if self.contexts and min(self.contexts) < least:
+            raise InputError(
+                f"--contexts: at least {least} tokens for {self.rounds} rounds of {len(self.batches)} batches"
+            )
 
     def cases(self, folder: Path, topology: Topology, quantise: str) -> Iterator[Case]:
         for context in self.contexts:
@@ -133,11 +138,11 @@ def measure(cases: Sequence[Case], grid: Grid) -> list[list[float]]:
     longest = max(case.context for case in cases)
     config = EngineConfig(
         quantise=first.quantise,
-        max_context=longest + PAGE,
+        max_context=longest + SPARE,
         max_batch_requests=max(case.requests for case in cases),
         max_batch_tokens=max(2048, *(case.requests * case.rows for case in cases)),
         page_size=PAGE,
-        cache_tokens=max(case.requests * (case.context + 2 * PAGE) for case in cases),
+        cache_tokens=max(case.requests * (case.context + SPARE) for case in cases),
         prefix_cache=False,
         ranks="processes" if first.topology.ranks > 1 else "threads",
         overlap="off",
@@ -145,14 +150,20 @@ def measure(cases: Sequence[Case], grid: Grid) -> list[list[float]]:
     )
     engine = Engine(first.folder, config, first.topology)
     try:
-        turns = [[_seconds(engine, case, grid.rounds) for case in cases] for _ in range(grid.turns)]
-        return [list(taken) for taken in zip(*turns, strict=True)]
+        turns = [_turn(engine, cases, grid.rounds) for _ in range(grid.turns)]
+        return [[turn[case] for turn in turns] for case in cases]
     finally:
         engine.close()
 
 
-def _seconds(engine: Engine, case: Case, rounds: int) -> float:
-    return _decode(engine, case, rounds) if case.decodes else _prefill(engine, case, rounds)
+def _turn(engine: Engine, cases: Sequence[Case], rounds: int) -> dict[Case, float]:
+    """Seconds of the fastest step of each case. Those that decode at one context take turns on the same requests, of
+    which ever fewer are kept: prompts are computed once."""
+    found = {case: _prefill(engine, case, rounds) for case in cases if not case.decodes}
+    for context in dict.fromkeys(case.context for case in cases if case.decodes):
+        batches = [case for case in cases if case.decodes and case.context == context]
+        found |= _decode(engine, sorted(batches, key=lambda case: -case.requests), rounds)
+    return found
 
 
 def _submit(engine: Engine, case: Case, prompt: int, tokens: int) -> None:
@@ -163,17 +174,24 @@ def _submit(engine: Engine, case: Case, prompt: int, tokens: int) -> None:
         engine.submit(text.tolist(), params)
 
 
-def _decode(engine: Engine, case: Case, rounds: int) -> float:
-    """The context is reached in the middle of the steps that count."""
-    steps = WARM + rounds
-    _submit(engine, case, case.context - WARM - rounds // 2 - 1, steps + PAGE)
-    while any(
-        r.computed < r.prompt_length for group in engine.scheduler.schedulers for r in group.running
-    ) or any(group.waiting for group in engine.scheduler.schedulers):
+def _decode(engine: Engine, cases: Sequence[Case], rounds: int) -> dict[Case, float]:
+    """The largest batch comes first, and the youngest requests are kept: they have generated least meanwhile. The
+    context is reached in the middle of all steps."""
+    steps = len(cases) * (WARM + rounds)
+    groups = engine.scheduler.schedulers
+    _submit(engine, cases[0], max(1, cases[0].context - steps // 2), steps + SPARE - PAGE)
+    while any(group.waiting or any(r.computed < r.prompt_length for r in group.running) for group in groups):
         engine.step()
-    found = [_timed(engine) for _ in range(steps)]
+    found = {}
+    for case in cases:
+        for group in groups:
+            if len(group.running) < case.requests:
+                raise InputError(f"--contexts {case.context} with --batches {case.requests}: too many to be read at once")
+            for request in group.running[: -case.requests]:
+                engine.abort(request.id)
+        found[case] = min([_timed(engine) for _ in range(WARM + rounds)][WARM:])
     engine.abort_all()
-    return min(found[WARM:])
+    return found
 
 
 def _prefill(engine: Engine, case: Case, rounds: int) -> float:
@@ -210,15 +228,25 @@ def planner(card: Card) -> Predict:
 
 
 def share(card: Card, ranks: int) -> Card:
-    """One of so many ranks of a machine that is described as one card."""
+    """One of so many ranks of a machine that is described as one card. Only a rank that is alone runs tapes; where
+    there are more ranks than cores, what is not kernels takes as much longer."""
+    crowded, starts = max(1.0, ranks / cores()), {}
+    if ranks > 1:
+        reached = card.reached
+        starts = {
+            "eager_us": 0.0,
+            "collective_us": crowded * reached.collective_us,
+            "ranks_us": ranks / 2 * reached.ranks_us,
+            "step_us": crowded * reached.step_us,
+        }
+        card = replace(card, launch_us=crowded * (card.launch_us + reached.eager_us))
+    divided = (name for name in NUMBERS if name.endswith("_tflops") or name.startswith(("memory_", "cache_")))
     return replace(
         card,
-        memory_gb=card.memory_gb / ranks,
-        memory_gbs=card.memory_gbs / ranks,
-        bf16_tflops=card.bf16_tflops / ranks,
-        fp8_tflops=card.fp8_tflops / ranks,
-        int8_tflops=card.int8_tflops / ranks,
-        fp4_tflops=card.fp4_tflops / ranks,
+        **{name: getattr(card, name) / ranks for name in divided},
         cards_per_node=ranks,
         domain_ranks=ranks,
+        dispatch_us=crowded * card.dispatch_us,
+        combine_us=crowded * card.combine_us,
+        parameters={**card.parameters, **starts},
     )

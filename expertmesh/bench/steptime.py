@@ -1,13 +1,11 @@
-"""How long a step of decoding would take on cards, by the counts of what each of them reads, computes and sends.
-
-A plain roofline, for clusters that are not here: what is counted on the engine and what is predicted of it go through
-the same formula, so that their difference is that of the counts.
-"""
+"""How long a step of decoding would take on cards, by the counts of what each of them reads, computes and sends, and by
+the planner's rates: what is counted on the engine and what is predicted of it differ by their counts alone."""
 
 from dataclasses import dataclass
 
 from expertmesh.config import ModelConfig
 from expertmesh.planner.cards import Arithmetic, Card
+from expertmesh.planner.work import Rates
 
 
 @dataclass(frozen=True)
@@ -24,21 +22,16 @@ class Work:
 
 
 def step_seconds(work: Work, card: Card, arithmetic: Arithmetic = "bf16") -> dict[str, float]:
-    """Seconds of each part and in all.
-
-    total = max(reading, computing) + across + inside + starting, where reading = (weights + cache) / bandwidth of the
-    memory, computing = flops / peak, across and inside = bytes / rate of the links, and starting = what an exchange
-    takes that has no rows, for each layer with experts. Nothing overlaps but reading and computing.
-    """
+    """Seconds of each part and in all. computing: products, or reading where that takes longer; travelling: rows over
+    the slower links; starting: what exchanges take without rows. Nothing overlaps."""
+    rates = Rates(card, card.reached)
+    read = work.weights + work.cache
     parts = {
-        "reading": (work.weights + work.cache) / (card.memory_gbs * 1e9),
-        "computing": work.flops / (card.tflops(arithmetic) * 1e12),
-        "across": work.across / (card.across_gbs * 1e9),
-        "inside": work.inside / (card.node_gbs * 1e9),
+        "computing": rates.compute("products", work.flops, work.flops, arithmetic, read).seconds,
+        "travelling": rates.travel("rows", 0.0, work.inside, work.across).seconds,
         "starting": work.exchanges * (card.dispatch_us + card.combine_us) * 1e-6,
     }
-    travelling = parts["across"] + parts["inside"]
-    without = max(parts["reading"], parts["computing"]) + travelling
+    without = parts["computing"] + parts["travelling"]
     return parts | {"total": without + parts["starting"], "total_without_starting": without}
 
 

@@ -9,6 +9,7 @@ import torch
 
 from expertmesh.bench.exchange import assembled, meet
 from expertmesh.bench.gloo import GlooComm, all_to_all
+from expertmesh.comm.group import TPGroup
 from expertmesh.engine.checkpoint import free_memory
 from expertmesh.engine.worker import RankProcess, serve
 from expertmesh.errors import InputError
@@ -41,8 +42,8 @@ def exchange_seconds(
     kinds: Sequence[str] = ("in place", "copied"),
     of: Callable[[Sequence[float]], float] = statistics.median,
 ) -> dict[int, dict[str, float]]:
-    """Seconds of one exchange of parts of each size, by kind. of: what is taken of all rounds. InputError where the
-    memory is too small."""
+    """Seconds of one exchange of parts of each size, by kind: "gathered" is a TP group's collective. of: what is taken
+    of all rounds. InputError where the memory is too small."""
     check_memory(ranks)
     specs = [{"rank": rank, "ranks": ranks} for rank in range(ranks)]
     found: dict[int, dict[str, list[float]]] = {size: {kind: [] for kind in kinds} for size in sizes}
@@ -88,6 +89,7 @@ class _Process(RankProcess):
         """Seconds of one exchange, each rank reading a byte of every page that it was sent."""
         comm, count, seconds = self.comm, self.comm.topology.ranks, 0.0
         ranks = comm.topology.all_ranks()
+        group = TPGroup(comm, ranks, [1] * count)
         whole = torch.empty(count * size if kind != "in place" else 0, dtype=torch.uint8)
         received = torch.empty(count * size if kind == "gloo" else 0, dtype=torch.uint8)
         for turn in range(RUN + 1):
@@ -99,6 +101,8 @@ class _Process(RankProcess):
             if kind == "gloo":
                 all_to_all(received, whole)
                 came = [received]
+            elif kind == "gathered":
+                came = list(group.all_gather(parts[comm.rank][None])[0])
             else:
                 came = comm.exchange("dispatch", ranks, parts)
             wrong = sum(int((part[::4096] != turn).sum()) for part in came)

@@ -21,6 +21,7 @@ from expertmesh.llm import demo_model
 from expertmesh.planner.cards import Card, card, read_card
 
 DEFAULT = Trial()
+CROWDED = 4  # ranks that share a core at most
 
 
 def add_scale(subparsers: Any) -> None:
@@ -85,7 +86,7 @@ def add_planner(subparsers: Any) -> None:
     )  # fmt: skip
     add(
         "--layout", action="append", metavar="NODESxCARDS[xTP]",
-        help="of no more ranks than cores; repeatable (default: 1x1, 1x2x1 and 1x2x2 as far as there are cores)",
+        help="repeatable (default: 1x1, 1x2x1 and 1x2x2 as far as there are cores)",
     )  # fmt: skip
     add("--quantise", default="none,w8a8", metavar="A,B", help="ways to keep weights (default: none,w8a8)")
     add("--batches", default="1,4,16,64", metavar="N,N", help="requests that decode (default: 1,4,16,64)")
@@ -95,9 +96,9 @@ def add_planner(subparsers: Any) -> None:
     add(
         "--turns",
         type=int,
-        default=3,
+        default=2,
         metavar="N",
-        help="through all cases; the fastest step counts (default: 3)",
+        help="through all cases; the fastest step counts (default: 2)",
     )
     add("--json", action="store_true", help="print JSON, and nothing else")
     planner.set_defaults(measure=_measure_planner, table=_planner_table)
@@ -107,7 +108,7 @@ def _measure_planner(args: argparse.Namespace) -> dict[str, Any]:
     default = [text for text in ("1x1x1", "1x2x1", "1x2x2") if parse_layout(text).ranks <= cores()]
     topologies = tuple(parse_layout(text) for text in args.layout or default)
     for topology in topologies:
-        if topology.ranks > cores():
+        if topology.ranks > CROWDED * cores():
             raise InputError(f"--layout: {topology.ranks} ranks on {cores()} cores say nothing about speed")
     quantise = tuple(args.quantise.split(","))
     for kept in quantise:

@@ -30,7 +30,7 @@ torchrun needs, or programs that torchrun would start, one on each node:
 SPREAD = ("generate", "chat", "serve", "demo", "bench exchange", "bench overlap")
 ELSEWHERE = (
     "bench engine", "bench kernels", "bench precision", "bench transport", "bench balance", "bench rebalance",
-    "bench scale", "bench machine", "bench planner", "balance", "memory", "plan predict", "plan replay-news",
+    "bench scale", "bench machine", "bench planner", "balance", "memory", "plan", "plan predict", "plan replay-news",
     "plan simulate", "emulate",
 )  # fmt: skip
 RENDEZVOUS, MASTER = (
@@ -104,7 +104,10 @@ def _own_command(words: Sequence[str], names: Sequence[str]) -> list[str] | None
 
 def _check_command(words: Sequence[str], kills: bool) -> None:
     """InputError where a command of expertmesh has no use for machines, or no ranks that could be killed."""
-    name = " ".join(words[: 2 if words[:1] in (["bench"], ["plan"]) else 1])
+    # Some commands have others of their own, and may go without them.
+    name = next(
+        (n for n in (" ".join(words[:2]), *words[:1]) if n in (*SPREAD, *ELSEWHERE)), " ".join(words[:1])
+    )
     if name in ELSEWHERE:
         raise InputError(
             f"{name} knows one machine only: run it without emulate; on clusters run {', '.join(SPREAD)}"

@@ -53,6 +53,7 @@ def _claim_json(claim: Claim) -> dict[str, Any]:
         "figures": dict(claim.figures),
         "assumes": claim.assumes,
         "verdict": claim.verdict,
+        "verdict_with_other_starts": dict(claim.otherwise),
     }
 
 
@@ -60,6 +61,8 @@ def _claim_text(claim: Claim) -> list[str]:
     announced = "nothing announced" if claim.announced is None else f"announced {claim.announced_text}"
     lines = [f"{claim.name}: {announced}"]
     lines += [f"  {claim.verdict}"] if claim.verdict else []
+    others = "; ".join(f"with {start}: {verdict}" for start, verdict in claim.otherwise.items())
+    lines += [f"  this depends on an estimate, the start of an exchange; {others}"] if others else []
     lines += [f"  {claim.text(f.value):>8}  {f.assumption or 'found'}" for f in claim.findings]
     lines += [f"  {value:>12,.2f}  {name}" for name, value in claim.figures.items()]
     if claim.assumes:

@@ -8,13 +8,12 @@ from expertmesh.errors import InputError
 from expertmesh.mesh.topology import Topology
 from expertmesh.planner.deployment import Deployment
 from expertmesh.planner.formats import WEIGHTS
-from expertmesh.planner.memory import most_requests
 from expertmesh.planner.parameters import Parameters
-from expertmesh.planner.serving import Outcome, Service, Workload, serve
+from expertmesh.planner.plans import Limits, fitted
+from expertmesh.planner.serving import Outcome, Service, Workload
 from expertmesh.planner.space import divisors
 
 EXCHANGES = ("flat", "two_tier", "two_tier_int8", "two_tier_int8_both")
-HALVINGS = 9  # of the interval in which the number of requests is sought
 
 
 @dataclass(frozen=True)
@@ -29,22 +28,8 @@ class Better:
 
 def best_load(d: Deployment, work: Workload, tpot: float, p: Parameters | None = None) -> Outcome | None:
     """With as many requests as fit and keep TPOT (seconds), prefill on the same ranks; None where not one does."""
-    service = Service(d)
-    high = most_requests(d, work.context) * service.groups
-    if high < 1:
-        return None
-    full = serve(service, work, high, p)
-    if full.tpot <= tpot:
-        return full
-    low, found = 0.0, None
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        outcome = serve(service, work, middle, p)
-        if outcome.tpot <= tpot:
-            low, found = middle, outcome
-        else:
-            high = middle
-    return found
+    plan = fitted(Service(d), "together", work, Limits(tpot), p)
+    return None if plan is None else plan.outcome
 
 
 def better(start: Deployment, work: Workload, tpot: float, p: Parameters | None = None) -> list[Better]:

@@ -14,7 +14,7 @@ from expertmesh.planner.parameters import NAMES as PARAMETERS
 from expertmesh.planner.parameters import Parameters
 from expertmesh.planner.parameters import parameters as fitted
 
-Arithmetic: TypeAlias = Literal["bf16", "fp8", "int8", "fp4"]
+Arithmetic: TypeAlias = Literal["bf16", "fp8", "int8", "fp4", "fp32"]
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,10 @@ class Card:
     has none; node_gbs, across_gbs: what a rank sends one way inside a node and to other nodes, GB/s; bulk_gbs: inside
     a node in exchanges of many rows; node_us, across_us: latency of these links. domain_ranks: how many ranks reach
     each other at the speed of a node, which in a rack may be more than a node has. dispatch_us, combine_us: time of an
-    exchange without rows; peer_us: of each peer of an exchange in prefill; launch_us: start of a kernel. parameters: of
-    the cost model, by name, where they are known of this card and need not be those that were fitted on all.
+    exchange without rows; peer_us: of each peer of an exchange in prefill; launch_us: start of a kernel. fp32_tflops: 0
+    where float32 is of no account; cache_mb, cache_gbs: size and bandwidth of the last cache before the memory, 0 where
+    it holds next to nothing of a model. parameters: of the cost model, by name, where they are known of this card and
+    need not be those that were fitted on all.
     sources: of each number.
     """
 
@@ -50,6 +52,9 @@ class Card:
     combine_us: float
     peer_us: float
     launch_us: float
+    fp32_tflops: float = 0.0
+    cache_mb: float = 0.0
+    cache_gbs: float = 0.0
     parameters: Mapping[str, float] = field(repr=False, hash=False, default_factory=dict)
     sources: Mapping[str, str] = field(repr=False, hash=False, default_factory=dict)
 
@@ -68,8 +73,10 @@ class Card:
 
 
 NUMBERS = tuple(f.name for f in fields(Card) if f.type in (int, float))
+OPTIONAL = ("fp32_tflops", "cache_mb", "cache_gbs")
 MAKERS = ("nvidia", "amd", "huawei", "instinct")
 MAY_BE_ZERO = (
+    *OPTIONAL,
     "fp8_tflops",
     "int8_tflops",
     "fp4_tflops",
@@ -122,11 +129,11 @@ def read_card(path: Path) -> Card:
     values: dict[str, Any] = {}
     parameters: dict[str, float] = {}
     sources: dict[str, str] = {}
-    for name in NUMBERS:
+    for name in (name for name in NUMBERS if name in table or name not in OPTIONAL):
         whole = Card.__dataclass_fields__[name].type is int
         values[name] = _number(name, table.get(name), whole, name in MAY_BE_ZERO, sources, wrong)
     for name in (name for name in own if name in PARAMETERS):
-        share = name.endswith("efficiency") or name == "filling"  # what is divided by
+        share = name.endswith("efficiency")  # what is divided by
         parameters[name] = _number(name, own[name], False, not share, sources, wrong)
     if wrong:
         raise InputError(f"{path}: {'; '.join(wrong)}")

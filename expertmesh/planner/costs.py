@@ -9,6 +9,7 @@ from expertmesh.planner.deployment import Decode, Deployment, Load, Prefill
 from expertmesh.planner.exchange import collective, exchange
 from expertmesh.planner.formats import CACHES, weight_bytes
 from expertmesh.planner.imbalance import busiest, imbalance, used
+from expertmesh.planner.memory import static_memory
 from expertmesh.planner.parameters import Parameters
 from expertmesh.planner.schedule import two_batches
 from expertmesh.planner.work import Bound, Part, Rates, joined
@@ -60,7 +61,7 @@ class _Rows:
 
 def decode_step(deployment: Deployment, load: Decode, p: Parameters | None = None) -> Step:
     """One step of decoding, drafts and their check included."""
-    rates = Rates(deployment.card, p or deployment.card.reached)
+    rates = Rates(deployment.card, p or deployment.card.reached, cached=_cached(deployment))
     rows = load.batch * (1 + deployment.drafts)
     parts, seconds = _main(rates, deployment, load)
     extra = [_between(rates, load.batch, deployment)]
@@ -72,11 +73,17 @@ def decode_step(deployment: Deployment, load: Decode, p: Parameters | None = Non
 
 def prefill_step(deployment: Deployment, load: Prefill, p: Parameters | None = None) -> Step:
     """One step of prefill: so many tokens of prompts on each rank."""
-    rates = Rates(deployment.card, p or deployment.card.reached)
+    rates = Rates(deployment.card, p or deployment.card.reached, True, _cached(deployment))
     parts, seconds = _main(rates, deployment, load)
     tokens = load.tokens * deployment.topology.tp
     extra = _between(rates, tokens / (load.length - load.cached), deployment)
     return _step([*parts, extra], seconds + extra.seconds, tokens, tokens, deployment)
+
+
+def _cached(d: Deployment) -> float:
+    """Share of a rank's weights that its last cache holds."""
+    size = d.card.cache_mb * 1e6 if d.card.cache_gbs else 0.0
+    return min(1.0, size / sum(static_memory(d).values())) if size else 0.0
 
 
 def _step(parts: list[Part], seconds: float, tokens: float, rows: float, d: Deployment) -> Step:
@@ -87,7 +94,8 @@ def _step(parts: list[Part], seconds: float, tokens: float, rows: float, d: Depl
 
 
 def _between(rates: Rates, requests: float, d: Deployment) -> Part:
-    seconds = (rates.p.step_us + rates.p.request_us * requests) * 1e-6
+    ranks = rates.p.ranks_us if d.ranks > 1 else 0.0
+    seconds = (rates.p.step_us + ranks + rates.p.request_us * requests) * 1e-6
     return Part("between steps", seconds, 0.0, "latency")
 
 
@@ -156,7 +164,7 @@ def _moe_layer(rates: Rates, d: Deployment, load: Load) -> list[Part]:
     experts, shared = _experts(rates, d, rows), _shared(rates, d, rows)
     if collects(d):
         width = rows.group * d.topology.groups * d.model.hidden_size * 2.0
-        way = [collective(rates, name, d.ranks, d.domain, width) for name in ("dispatch", "combine")]
+        way = [collective(rates, name, d.ranks, d.domain, width, bulk) for name in ("dispatch", "combine")]
     else:
         factor = imbalance(d, rows.mine * d.model.num_experts_per_tok, rates.p)
         way = [exchange(rates, d, rows.mine, phase, bulk, factor) for phase in ("dispatch", "combine")]
@@ -177,7 +185,8 @@ def _dense_layer(rates: Rates, d: Deployment, load: Load) -> list[Part]:
         "dense", rows.group, width, model.hidden_size, kept, arithmetic, rates.p.layer_kernels / 2
     )
     size = rows.group * model.hidden_size * 2.0
-    around = [collective(rates, "tp collectives", tp, d.domain, size)] * (2 if tp > 1 else 0)
+    bulk = isinstance(load, Prefill)
+    around = [collective(rates, "tp collectives", tp, d.domain, size, bulk)] * (2 if tp > 1 else 0)
     return [*_attention(rates, d, load, rows), up, down, *around]
 
 
@@ -189,7 +198,8 @@ def _attention(rates: Rates, d: Deployment, load: Load, rows: _Rows) -> list[Par
         return [projections, core]
     latent = rows.group * ((model.q_lora_rank or model.hidden_size) + model.latent_dim) * 2.0
     size = rows.group * model.hidden_size * 2.0
-    around = [collective(rates, "tp collectives", tp, d.domain, b) for b in (latent, size)]
+    bulk = isinstance(load, Prefill)
+    around = [collective(rates, "tp collectives", tp, d.domain, b, bulk) for b in (latent, size)]
     return [projections, core, *around]
 
 
@@ -225,14 +235,16 @@ def _projections(rates: Rates, d: Deployment, rows: _Rows) -> list[Part]:
 
 
 def _decode_core(rates: Rates, d: Deployment, load: Decode) -> Part:
-    """Absorbed: all heads over one latent (DeepSeek-V2, section 2.1)."""
+    """Absorbed: all heads over one latent (DeepSeek-V2, section 2.1), as rows of the same tiles."""
     model, heads = d.model, d.model.num_attention_heads / d.topology.tp
-    pairs = load.batch * (1 + d.drafts) * load.context
-    flops = 2.0 * pairs * heads * (model.latent_dim + model.kv_lora_rank)
+    latents, rows = load.batch * load.context, heads * (1 + d.drafts)
+    products = 2.0 * (model.latent_dim + model.kv_lora_rank)
+    flops = latents * rows * products
+    done = latents * (max(rows, rates.p.tile_rows) * products + rows * rates.p.softmax_flops)
     read = load.batch * load.context * model.latent_dim * CACHES[d.cache_precision]
     # A cache in FP8 is multiplied as it is where the hardware can; one in INT8 is made bfloat16.
     arithmetic: Arithmetic = "fp8" if d.cache_precision == "fp8" else "bf16"
-    return rates.compute("attention", flops, flops, arithmetic, read, attention=True)
+    return rates.compute("attention", flops, done, arithmetic, read, attention=True)
 
 
 def _prefill_core(rates: Rates, d: Deployment, load: Prefill, rows: _Rows) -> Part:
@@ -240,17 +252,18 @@ def _prefill_core(rates: Rates, d: Deployment, load: Prefill, rows: _Rows) -> Pa
     model, heads = d.model, d.model.num_attention_heads / d.topology.tp
     seen = load.cached + (load.length - load.cached) / 2
     flops = 2.0 * rows.group * seen * heads * (model.qk_head_dim + model.v_head_dim)
+    done = flops + rows.group * seen * heads * rates.p.softmax_flops
     read = rows.group * heads * (2 * model.qk_head_dim + 2 * model.v_head_dim) * 2.0
-    return rates.compute("attention", flops, flops, "bf16", read, attention=True)
+    return rates.compute("attention", flops, done, "bf16", read, attention=True)
 
 
 def _router(rates: Rates, d: Deployment, rows: _Rows, bulk: bool) -> Part:
-    """And the small operators of a layer, which only read and write rows."""
-    model = d.model
-    score = 2.0 * rows.mine * model.hidden_size * model.n_routed_experts
+    """Scores in float32, and the small operators of a layer, which only read and write rows."""
+    hidden, experts = d.model.hidden_size, d.model.n_routed_experts
     passes = rates.p.passes if bulk else rates.p.decode_passes
-    read = model.hidden_size * (model.n_routed_experts * 4.0 + passes * rows.mine * 2.0)
-    return rates.compute("router, norms", score, score, "bf16", read)
+    scores = rates.matmul("router, norms", rows.mine, hidden, experts, 4.0, "fp32")
+    small = rates.compute("router, norms", 0.0, 0.0, "bf16", passes * rows.mine * hidden * 2.0)
+    return joined("router, norms", [scores, small])
 
 
 def _experts(rates: Rates, d: Deployment, rows: _Rows) -> list[Part]:
@@ -264,7 +277,8 @@ def _experts(rates: Rates, d: Deployment, rows: _Rows) -> list[Part]:
     numbers = 3.0 * model.hidden_size * model.moe_intermediate_size
     read = hit * numbers * kept + mine * (2 * model.hidden_size + 4 * model.moe_intermediate_size) * 2.0
     padded = mine + hit * rates.p.tile_rows / 2
-    flops, done = 2.0 * mean * numbers, 2.0 * padded * numbers
+    emptied = rates.p.tile_depth * (model.hidden_size + 2 * model.moe_intermediate_size)
+    flops, done = 2.0 * mean * numbers, 2.0 * padded * (numbers + emptied)
     return [rates.compute("experts", flops, done, arithmetic, read, rates.p.layer_kernels / 2)]
 
 

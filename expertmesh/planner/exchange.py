@@ -116,8 +116,8 @@ def exchange(
     return rates.travel(phase, start, node, across, FILL if hops > 1 else 0.0, bulk)
 
 
-def collective(rates: Rates, name: str, ranks: int, domain: int, bytes_: float) -> Part:
-    """A gather or reduce-scatter of so many bytes in all over so many ranks."""
+def collective(rates: Rates, name: str, ranks: int, domain: int, bytes_: float, bulk: bool = False) -> Part:
+    """A gather or reduce-scatter of so many bytes in all over so many ranks. bulk: of prefill."""
     if ranks == 1:
         return Part(name, 0.0, 0.0, "latency", travels=True)
     p = rates.p
@@ -126,7 +126,7 @@ def collective(rates: Rates, name: str, ranks: int, domain: int, bytes_: float) 
     start = p.collective_us + (p.collective_across_us if crosses else 0.0)
     node = bytes_ * (domain - 1) / domain
     across = bytes_ * (1 - domain / ranks) / domain if crosses else 0.0
-    return rates.travel(name, start, node, across)
+    return rates.travel(name, start, node, across, bulk=bulk)
 
 
 def bandwidth(deployment: Deployment, seconds: float, rows: float, phase: Phase) -> float:

@@ -10,6 +10,7 @@ from expertmesh.planner.formats import CACHES
 from expertmesh.weights import Shard, static_bytes
 
 RESERVED = 0.08  # of a card's memory: of drivers, collectives, graphs and fragments
+DECODING_ROWS = 128.0  # of a rank in a step, where nothing is said of it
 WORKSPACE_TENSORS = 8  # as wide as the model, that a row of a step has alive
 
 
@@ -42,14 +43,16 @@ def workspace_bytes(deployment: Deployment, rows: float) -> float:
     return rows * wide * 2
 
 
-def room(deployment: Deployment, rows: float = 128) -> float:
+def room(deployment: Deployment, rows: float = DECODING_ROWS) -> float:
     """Bytes of one rank that are left for the cache; below 0 where the weights do not fit."""
     capacity = deployment.card.memory_gb * 1e9 * (1 - RESERVED)
     return capacity - sum(static_memory(deployment).values()) - workspace_bytes(deployment, rows)
 
 
-def most_requests(deployment: Deployment, context: float) -> float:
-    """How many requests of a TP group fit, each with so many tokens in the cache; 0 where none does."""
+def most_requests(deployment: Deployment, context: float, rows: float = 0.0) -> float:
+    """How many requests of a TP group fit, each with so many tokens in the cache; 0 where none does. rows: of each rank
+    in the largest step of prefill between those of decoding, for which the same memory is kept."""
     per_request = max(context, 1.0) * cache_bytes(deployment)
-    rows = (1 + deployment.drafts) / deployment.topology.tp * workspace_bytes(deployment, 1)
-    return max(0.0, room(deployment, 0) // (per_request + rows))
+    decoding = (1 + deployment.drafts) / deployment.topology.tp * workspace_bytes(deployment, 1)
+    most = min(room(deployment, 0) // (per_request + decoding), room(deployment, rows) // per_request)
+    return max(0.0, most)

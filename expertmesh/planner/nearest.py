@@ -8,10 +8,10 @@ from expertmesh.errors import InputError
 from expertmesh.planner.deployment import Deployment
 from expertmesh.planner.memory import RESERVED, cache_bytes, static_memory
 from expertmesh.planner.parameters import Parameters
-from expertmesh.planner.plans import Limits
+from expertmesh.planner.plans import Limits, held
 from expertmesh.planner.search import Point, Search
 from expertmesh.planner.serving import ADMISSION, Workload, prefill_time
-from expertmesh.planner.space import MOST_CARDS, Space
+from expertmesh.planner.space import MOST_CARDS, Mode, Space
 
 
 def refusal(space: Space, work: Workload, limits: Limits, p: Parameters | None = None) -> InputError:
@@ -39,6 +39,7 @@ def refusal(space: Space, work: Workload, limits: Limits, p: Parameters | None =
 def _points(space: Space, work: Workload, p: Parameters | None) -> Iterator[Point]:
     """Of the whole cluster, with one request in each TP group."""
     search, cluster = Search(space, work, [inf], p=p), space.cluster
+    whole: Mode = "elsewhere" if space.mode == "elsewhere" else "together"
     sizes = [size for size in cluster.sizes() if size.nodes < cluster.nodes]
     alone = None
     if space.mode in (None, "apart"):
@@ -48,12 +49,10 @@ def _points(space: Space, work: Workload, p: Parameters | None) -> Iterator[Poin
         rest = max((cluster.instances(size, k) for k in range(1, cluster.nodes)), default=0)
         for tp in space.tps(size):
             for d in space.layouts(size, tp):
-                if search.fits(d) < 1:
-                    continue
-                if n and space.mode != "apart":
-                    point = (search.decoding if space.mode == "elsewhere" else search.serving)(d)(1.0)
+                if n and space.mode != "apart" and held(d, whole, work) >= 1:
+                    point = (search.decoding if whole == "elsewhere" else search.serving)(d)(1.0)
                     yield replace(point, tokens=n * point.tokens)
-                if alone is not None and size in sizes and rest:
+                if alone is not None and size in sizes and rest and held(d, "apart", work) >= 1:
                     point = search.decoding(d)(1.0)
                     yield Point(point.tpot, alone, rest * point.tokens)
 

@@ -15,8 +15,11 @@ class Parameters:
     memory_efficiency: float
     matmul_efficiency: float
     attention_efficiency: float
+    softmax_flops: float
     tile_rows: float
+    tile_depth: float
     layer_kernels: float
+    eager_us: float
     passes: float
     decode_passes: float
     link_efficiency: float
@@ -25,9 +28,10 @@ class Parameters:
     collective_across_us: float
     step_us: float
     request_us: float
+    ranks_us: float
     skew: float
     skew_left: float
-    filling: float
+    unevenness: float
 
 
 @dataclass(frozen=True)

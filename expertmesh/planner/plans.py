@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import TypeVar
 
+from expertmesh.errors import InputError
 from expertmesh.planner.costs import accepted_tokens, decode_step
 from expertmesh.planner.deployment import Decode, Deployment
 from expertmesh.planner.memory import most_requests
@@ -24,6 +25,12 @@ class Limits:
 
     tpot: float = inf
     ttft: float = inf
+
+    def __post_init__(self) -> None:
+        if not (self.tpot > 0 and self.ttft > 0):
+            raise InputError(
+                f"a limit of {min(self.tpot, self.ttft) * 1e3:g} ms; give a larger limit, which must be above 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class Plan:
     @property
     def most_batch(self) -> float:
         """Requests of a TP group that memory holds."""
-        return most_requests(self.service.decode, self.work.context)
+        return held(self.service.decode, self.mode, self.work)
 
     @property
     def in_flight(self) -> float:
@@ -104,6 +111,16 @@ def answer(
     return Elsewhere(service, work, p) if mode == "elsewhere" else steady(service, work, p)
 
 
+def prefill_rows(d: Deployment, mode: Mode) -> float:
+    """Of a rank in a full step of prefill, where that is between those of decoding."""
+    return chunk(d) / d.topology.tp if mode == "together" else 0.0
+
+
+def held(d: Deployment, mode: Mode, work: Workload) -> float:
+    """Requests of a TP group that memory holds."""
+    return most_requests(d, work.context, prefill_rows(d, mode))
+
+
 def fitted(
     service: Service,
     mode: Mode,
@@ -113,7 +130,7 @@ def fitted(
     most: float = inf,
 ) -> Plan | None:
     """The service with the largest batch within limits, memory and `most`; None where it cannot keep the limits."""
-    most = min(most, most_requests(service.decode, work.context))
+    most = min(most, held(service.decode, mode, work))
     if most < 1:
         return None
     curve = answer(service, mode, work, p).at

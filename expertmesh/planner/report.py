@@ -8,7 +8,7 @@ from expertmesh.planner.exchange import crossing_bytes
 from expertmesh.planner.imbalance import imbalance, systematic
 from expertmesh.planner.memory import RESERVED, cache_bytes, static_memory, workspace_bytes
 from expertmesh.planner.parameters import Parameters
-from expertmesh.planner.plans import MOST_USE, Limits, Plan, prompts_of_a_step
+from expertmesh.planner.plans import MOST_USE, Limits, Plan, prefill_rows, prompts_of_a_step
 from expertmesh.planner.serving import chunk
 from expertmesh.planner.starting import lines, notes
 
@@ -25,7 +25,7 @@ def report(plan: Plan, limits: Limits, model: str, p: Parameters | None = None) 
         "prefill": there and instance(there, service.prefill_instances),
         "gives": gives(plan),
         "limited_by": limited_by(plan, limits),
-        "memory_gb": memory(service.decode, plan.outcome.batch, plan.work.context),
+        "memory_gb": memory(plan),
         "prefill_memory_gb": there and prefill_memory(there, plan.work.input),
         "traffic": traffic(service.decode),
         "imbalance": unevenness(service.decode, plan.outcome.step.rows, p),
@@ -93,10 +93,11 @@ def limited_by(plan: Plan, limits: Limits) -> list[str]:
     return out or ["prefill, whose queue must hold TTFT" if plan.mode == "apart" else "the sizes of batches"]
 
 
-def memory(d: Deployment, batch: float, context: float) -> dict[str, float]:
-    """Of one rank that decodes: weights by kind, cache, rows of a step, reserved, free."""
-    rows = batch * (1 + d.drafts) / d.topology.tp
-    return _memory(d, batch * context * cache_bytes(d), workspace_bytes(d, rows))
+def memory(plan: Plan) -> dict[str, float]:
+    """Of one rank that decodes: weights by kind, cache, rows of the largest step, reserved, free."""
+    d, batch = plan.service.decode, plan.outcome.batch
+    rows = max(batch * (1 + d.drafts) / d.topology.tp, prefill_rows(d, plan.mode))
+    return _memory(d, batch * plan.work.context * cache_bytes(d), workspace_bytes(d, rows))
 
 
 def prefill_memory(d: Deployment, length: float) -> dict[str, float]:

@@ -11,7 +11,7 @@ from expertmesh.planner.cards import Card, card
 from expertmesh.planner.deployment import Balance, Deployment
 from expertmesh.planner.memory import most_requests
 from expertmesh.planner.models import model
-from expertmesh.planner.serving import CHUNK, Service, Workload
+from expertmesh.planner.serving import CHUNK, Service, Workload, chunk
 
 Row: TypeAlias = Mapping[str, str]
 NEEDED = ("model", "hw", "cards", "phase", "weight_prec")
@@ -231,10 +231,11 @@ def _batch(row: Row, service: Service) -> float | None:
     return everywhere / service.groups if everywhere else None
 
 
-def _full(one: Deployment, context: float) -> float:
-    """Requests of a TP group that fill the memory, or the most rows that a low-latency exchange takes."""
+def _full(one: Deployment, context: float, prefill: float = 0.0) -> float:
+    """Requests of a TP group that fill the memory, or the most rows that a low-latency exchange takes. prefill: rows of
+    a rank in steps of prefill between those of decoding."""
     rows = MOST_ROWS * one.topology.tp / (1 + one.drafts)
-    most = min(most_requests(one, context), rows)
+    most = min(most_requests(one, context, prefill), rows)
     if most < 1:
         raise InputError(
             "without a batch memory would be filled, but the weights leave no room for a request"
@@ -300,7 +301,8 @@ def _e2e(row: Row, this: Card) -> Case:
         )
     requests = _requests(row, service)
     if requests is None:
-        requests = _full(one, work.context) * service.groups
+        prefill = chunk(one) / one.topology.tp if service.prefill is None else 0.0
+        requests = _full(one, work.context, prefill) * service.groups
         assumed = (*assumed, "batch not given: full memory")
     per_node = _count(row, "cards_per_node") or this.cards_per_node
     return Case("e2e", service, work, ranks / dies, dies, per_node, requests, work.context, assumed=assumed)

@@ -14,9 +14,19 @@ from typing import TypeAlias
 from expertmesh.mesh.topology import Topology
 from expertmesh.planner.costs import accepted_tokens, decode_step
 from expertmesh.planner.deployment import Decode, Deployment
-from expertmesh.planner.memory import cache_bytes, most_requests, room
+from expertmesh.planner.memory import cache_bytes, room
 from expertmesh.planner.parameters import Parameters
-from expertmesh.planner.plans import MOST_USE, NEAR, Limits, Plan, answer, fitted, fullest, prompts_of_a_step
+from expertmesh.planner.plans import (
+    MOST_USE,
+    NEAR,
+    Limits,
+    Plan,
+    answer,
+    fitted,
+    fullest,
+    held,
+    prompts_of_a_step,
+)
 from expertmesh.planner.serving import ADMISSION, Service, Workload, chunk, prefill_rate, prefill_time, steady
 from expertmesh.planner.space import Mode, Space
 
@@ -113,15 +123,11 @@ class Search:
 
     def _all(self) -> Iterator[Plan]:
         if self.space.mode in (None, "together"):
-            yield from self._whole("together", self.serving, self.ttft)
+            yield from self._whole("together", self.ttft)
         if self.space.mode in (None, "apart"):
             yield from self._apart()
         if self.space.mode == "elsewhere":
-            yield from self._whole("elsewhere", self.decoding, inf)
-
-    def fits(self, d: Deployment) -> float:
-        """Requests of a TP group that memory holds."""
-        return most_requests(d, self.work.context)
+            yield from self._whole("elsewhere", inf)
 
     def decoding(self, d: Deployment) -> Curve:
         """Of an instance that decodes only."""
@@ -143,14 +149,13 @@ class Search:
 
         return at
 
-    def _bests(
-        self, size: Topology, curve_of: Callable[[Deployment], Curve], ttft: float, floors: Sequence[float]
-    ) -> Iterator[Best]:
+    def _bests(self, size: Topology, mode: Mode, ttft: float, floors: Sequence[float]) -> Iterator[Best]:
         """Of instances of this size, the best for each limit, and for each attention TP if there is one limit only."""
         table: Table = [None] * len(self.tpots)
+        curve_of = self.serving if mode == "together" else self.decoding
         for tp in self.space.tps(size):
             for d in self.space.layouts(size, tp):
-                most = self.fits(d)
+                most = held(d, mode, self.work)
                 if most >= 1:
                     improve(table, self.tpots, ttft, floors, d, curve_of(d), most)
             if len(table) == 1:
@@ -158,13 +163,13 @@ class Search:
                 table = [None]
         yield from filter(None, table)
 
-    def _whole(self, mode: Mode, curve_of: Callable[[Deployment], Curve], ttft: float) -> Iterator[Plan]:
+    def _whole(self, mode: Mode, ttft: float) -> Iterator[Plan]:
         """Instances on all nodes alike."""
         for size in reversed(self.cluster.sizes()):
             n = self.cluster.instances(size, self.cluster.nodes)
             if not n:
                 continue
-            for best in self._bests(size, curve_of, ttft, [floor / n for floor in self.floors]):
+            for best in self._bests(size, mode, ttft, [floor / n for floor in self.floors]):
                 service = Service(best.deployment, n)
                 yield Plan(service, mode, self.work, answer(service, mode, self.work, self.p).at(best.batch))
 
@@ -175,7 +180,7 @@ class Search:
         sizes = [size for size in self.cluster.sizes() if size.nodes < nodes]
         for size in sorted(sizes, key=lambda size: abs(size.nodes - nodes / 2)):
             splits = {k: n for k in prefill if (n := self.cluster.instances(size, nodes - k))}
-            for best in self._bests(size, self.decoding, inf, self._floors(splits, prefill)):
+            for best in self._bests(size, "apart", inf, self._floors(splits, prefill)):
                 k = max(splits, key=lambda k: (min(splits[k] * best.tokens, prefill[k][0]), k))
                 service = Service(best.deployment, splits[k], prefill[k][1].deployment, prefill[k][2])
                 # As much as the best of this size gives, if prefill keeps up.

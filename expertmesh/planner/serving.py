@@ -7,6 +7,7 @@ from functools import lru_cache
 from expertmesh.errors import InputError
 from expertmesh.planner.costs import Step, accepted_tokens, decode_step, prefill_step
 from expertmesh.planner.deployment import Decode, Deployment, Prefill
+from expertmesh.planner.imbalance import highest
 from expertmesh.planner.parameters import Parameters
 
 CHUNK = 16384  # most tokens of prompts that a card takes in one step
@@ -95,7 +96,7 @@ def prefill_rate(d: Deployment, work: Workload, p: Parameters | None = None) -> 
 def _prefill_rate(d: Deployment, work: Workload, p: Parameters | None) -> float:
     new = work.input - work.cached
     count = max(1.0, chunk(d) // new)
-    filled = (p or d.card.reached).filling if d.topology.groups > 1 else 1.0
+    filled = 1 / (1 + (p or d.card.reached).unevenness * highest(d.topology.groups))
     return filled * count * d.topology.groups / prefill_time(d, work, p, count)
 
 

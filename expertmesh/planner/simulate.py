@@ -15,7 +15,7 @@ from expertmesh.planner.clock import Clock
 from expertmesh.planner.costs import accepted_tokens
 from expertmesh.planner.deployment import Deployment
 from expertmesh.planner.instance import Instance, Request
-from expertmesh.planner.memory import cache_bytes, room
+from expertmesh.planner.memory import DECODING_ROWS, cache_bytes, room
 from expertmesh.planner.parameters import Parameters
 from expertmesh.planner.serving import ADMISSION, Service
 from expertmesh.planner.serving import chunk as full_chunk
@@ -85,8 +85,8 @@ def simulate(
         raise InputError(f"prompts gather for {gather} seconds; it must be at least 0")
 
     def instances(d: Deployment, number: int) -> list[Instance]:
-        pages = pages_of(d, page)
         budget = full_chunk(d) if chunk is None else chunk
+        pages = pages_of(d, page, 0.0 if d is service.decode and service.prefill else budget / d.topology.tp)
         clock = Clock(d, p)
         return [Instance(d.topology.groups, pages, page, budget, gather, clock) for _ in range(number)]
 
@@ -95,12 +95,15 @@ def simulate(
     return _Simulation(service.decode, entry, decoding, seed, p).run(sorted(arrivals), concurrency)
 
 
-def pages_of(d: Deployment, page: int = PAGE) -> int:
-    """Of a TP group's cache, each of so many tokens. InputError where the weights leave no room for one."""
-    pages = int(room(d) // (page * cache_bytes(d)))
+def pages_of(d: Deployment, page: int = PAGE, rows: float = 0.0) -> int:
+    """Of a TP group's cache, each of so many tokens, beside so many rows of a rank's step. InputError where the weights
+    leave no room for one."""
+    left = room(d, max(rows, DECODING_ROWS))
+    pages = int(left // (page * cache_bytes(d)))
     if pages < 1:
         raise InputError(
-            f"the weights leave {room(d) / 1e9:.1f} GB of a card for the cache, less than a page; give more cards"
+            f"the weights and the rows of a step leave {left / 1e9:.1f} GB of a card for the cache, less than a page; "
+            "give more cards"
         )
     return pages
 

@@ -30,30 +30,39 @@ class Rates:
 
     card: Card
     p: Parameters
+    eager: bool = False  # kernels are started one by one, and not as a graph that is run again
+    cached: float = 0.0  # share of what is read that a cache holds from the step before
 
     def compute(
         self, name: str, flops: float, padded: float, arithmetic: Arithmetic, read: float, launches: float = 0.0,
         attention: bool = False,
     ) -> Part:  # fmt: skip
         """flops: needed; padded: done, tiles being whole; read: bytes of memory; launches: kernels started."""
-        peak, bandwidth = self.card.tflops(arithmetic) * 1e12, self.card.memory_gbs * 1e9
+        peak, bandwidth = self.card.tflops(arithmetic) * 1e12, self._bandwidth
         efficiency = self.p.attention_efficiency if attention else self.p.matmul_efficiency
         compute, memory = padded / (peak * efficiency), read / (bandwidth * self.p.memory_efficiency)
-        start = launches * self.card.launch_us * 1e-6
+        start = launches * (self.card.launch_us + (self.p.eager_us if self.eager else 0.0)) * 1e-6
         busy = max(compute, memory)
         bound: Bound = "latency" if start > busy else "compute" if compute > memory else "memory"
         return Part(name, busy + start, max(flops / peak, read / bandwidth), bound)
+
+    @property
+    def _bandwidth(self) -> float:
+        """Bytes/s of reading, part of which is from the cache."""
+        memory = self.card.memory_gbs * 1e9
+        if not self.cached:
+            return memory
+        return 1 / (self.cached / (self.card.cache_gbs * 1e9) + (1 - self.cached) / memory)
 
     def matmul(
         self, name: str, rows: float, inputs: float, outputs: float, weight_bytes: float,
         arithmetic: Arithmetic, launches: float = 0.0,
     ) -> Part:  # fmt: skip
         """A product of rows with one matrix."""
-        per_row = 2.0 * inputs * outputs
+        flops = 2.0 * rows * inputs * outputs
+        done = 2.0 * (rows + self.p.tile_rows / 2) * (inputs + self.p.tile_depth) * outputs
         read = inputs * outputs * weight_bytes + 2.0 * rows * (inputs + outputs)
-        return self.compute(
-            name, rows * per_row, (rows + self.p.tile_rows / 2) * per_row, arithmetic, read, launches
-        )
+        return self.compute(name, flops, done, arithmetic, read, launches)
 
     def travel(
         self, name: str, start_us: float, node: float, across: float, fill: float = 0.0, bulk: bool = False

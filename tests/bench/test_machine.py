@@ -24,12 +24,14 @@ from tests.kernels.test_ops import NATIVE
 compiled = pytest.mark.skipif(not NATIVE, reason="no C++ compiler")
 MEASURED = {
     "memory_bytes": 24e9,
+    "cache_bytes": 32e6,
+    "cached": 100e9,
     "ceilings": {"read": 40e9, "bf16": 1.5e12, "torch bf16": 1.8e12, "w8a8": 3.5e12, "float32": 0.3e12},
     "launch": 0.25e-6,
     "in_place": 30e-6,
     "copied": 1e-3,
     "peer": 5e-6,
-    "exchange": {"dispatch": 100e-6, "combine": 80e-6, "total": 180e-6},
+    "exchange": {"dispatch": 100e-6, "combine": 80e-6, "total": 180e-6, "rate": 3e9},
 }
 
 
@@ -49,6 +51,7 @@ def test_a_profile_has_every_number_of_a_card_in_its_unit() -> None:
     assert all(value > 0 or name in MAY_BE_ZERO for name, value in found.items())
     expected = {
         "memory_gb": 24, "memory_gbs": 40, "bf16_tflops": 1.8, "int8_tflops": 3.5, "fp8_tflops": 0, "fp4_tflops": 0,
+        "fp32_tflops": 0.3, "cache_mb": 32, "cache_gbs": 100,
         "node_us": 30, "launch_us": 0.25, "dispatch_us": 100, "combine_us": 80, "peer_us": 5, "across_us": 30,
     }  # fmt: skip
     assert {name: found[name] for name in expected} == pytest.approx(expected)

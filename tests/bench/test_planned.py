@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from expertmesh import InputError, Topology
 from expertmesh.bench.planned import Case, Grid, bench_planned, planner, score, share
 from expertmesh.cli import main
+from expertmesh.comm.local import cores
 from expertmesh.llm import demo_model
 from expertmesh.planner.cards import card
 
@@ -84,6 +85,11 @@ def test_a_rank_has_its_share_of_the_machine() -> None:
     half = share(CARD, 2)
     assert half.memory_gbs == CARD.memory_gbs / 2 and half.int8_tflops == CARD.int8_tflops / 2
     assert half.cards_per_node == 2 and half.node_gbs == CARD.node_gbs
+    assert half.launch_us == CARD.launch_us + CARD.reached.eager_us and half.reached.eager_us == 0  # no tapes
+    crowd = share(CARD, 4 * cores())
+    assert crowd.launch_us == pytest.approx(4 * half.launch_us)
+    assert crowd.dispatch_us == pytest.approx(4 * CARD.dispatch_us)
+    assert share(CARD, 1).reached == CARD.reached and share(CARD, 1).launch_us == CARD.launch_us
 
 
 @pytest.mark.parametrize(
@@ -96,7 +102,7 @@ def test_a_rank_has_its_share_of_the_machine() -> None:
         (["--quantise", "w4"], "quantise 'w4' is not one of"),
         (["--batches", "1,,2"], "--batches '1,,2': not of the form 1,16"),
         (["--batches", "0"], "--batches: sizes must be at least 1"),
-        (["--contexts", "4"], "--contexts: at least 9 tokens for 5 rounds"),
+        (["--contexts", "4"], "--contexts: at least 16 tokens for 5 rounds of 4 batches"),
         (["--rounds", "0"], "--rounds and --turns must be at least 1"),
         (["--card", "h20", "--batches", "", "--prompts", ""], "nothing to measure"),
         (["/nowhere", "--card", "h20"], "no such folder"),

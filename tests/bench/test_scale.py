@@ -114,12 +114,17 @@ def test_held_bytes_are_those_of_the_formula(dtype: str) -> None:
 
 
 def test_step_time_is_the_sum_of_its_parts() -> None:
+    """2 ms of reading beside 1 ms of products at their peaks, and 1 ms on each kind of link."""
     b = card("ascend-910b")
+    reached = b.reached
     found = step_seconds(Work(1.6e9, 1.6e9, 294.9e9, 25e6, 196e6, 3), b)
-    assert found["reading"] == pytest.approx(2e-3) and found["computing"] == pytest.approx(1e-3)
-    assert found["across"] == pytest.approx(1e-3) and found["inside"] == pytest.approx(1e-3)
-    assert found["total"] == pytest.approx(4e-3 + 3 * (b.dispatch_us + b.combine_us) * 1e-6)
-    assert found["total_without_starting"] == pytest.approx(4e-3)
+    computing, travelling = 2e-3 / reached.memory_efficiency, 1e-3 / reached.link_efficiency
+    assert found["computing"] == pytest.approx(computing)
+    assert found["travelling"] == pytest.approx(travelling)
+    assert found["total_without_starting"] == pytest.approx(computing + travelling)
+    assert found["total"] == pytest.approx(computing + travelling + 3 * (b.dispatch_us + b.combine_us) * 1e-6)
+    bound = step_seconds(Work(1.6e9, 0, 2949e9, 0, 0, 0), b)
+    assert bound["total"] == pytest.approx(10e-3 / reached.matmul_efficiency)
 
 
 def test_work_of_v3_is_what_its_parameters_say() -> None:

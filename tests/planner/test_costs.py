@@ -191,3 +191,32 @@ def test_loads_that_cannot_be() -> None:
         Decode(0, 100)
     with pytest.raises(InputError, match="some"):
         Prefill(100, 50, 50)
+
+
+@pytest.mark.parametrize("load", [Decode(16, 4096), Prefill(16384, 4096)], ids=["decode", "prefill"])
+def test_a_cache_is_of_account_as_far_as_it_holds_the_weights(load: Load) -> None:
+    plain = Deployment(model("deepseek-v2-lite"), card("h100"), Topology(1, 1, 1), weight_precision="bf16")
+    cached = [
+        step(replace(plain, card=replace(plain.card, cache_mb=mb, cache_gbs=20_000)), load).seconds
+        for mb in (1e-6, 50, 1e5)
+    ]
+    assert cached == sorted(cached, reverse=True)
+    assert step(plain, load).seconds == pytest.approx(cached[0])
+    assert cached[1] > 0.98 * cached[0]
+
+
+def test_starts_of_kernels_take_longer_where_no_graph_is_run_again() -> None:
+    d = Deployment(V3, card("h100"), Topology(1, 8, 1))
+    slow = replace(parameters(), eager_us=1000.0)
+    assert decode_step(d, Decode(8, 1024), slow).seconds == decode_step(d, Decode(8, 1024)).seconds
+    more = prefill_step(d, Prefill(128, 128), slow).seconds - prefill_step(d, Prefill(128, 128)).seconds
+    kernels = V3.num_hidden_layers * slow.layer_kernels + 4  # of the head
+    assert more == pytest.approx((slow.eager_us - parameters().eager_us) * 1e-6 * kernels)
+
+
+def test_several_ranks_have_to_be_told_of_a_step() -> None:
+    slow = replace(parameters(), ranks_us=5000.0)
+    for ranks, more in ((1, 0.0), (8, 5e-3 - parameters().ranks_us * 1e-6)):
+        d = Deployment(V3, card("h100"), Topology(1, ranks, 1))
+        gained = decode_step(d, Decode(8, 1024), slow).seconds - decode_step(d, Decode(8, 1024)).seconds
+        assert gained == pytest.approx(more)

@@ -10,7 +10,7 @@ from expertmesh.mesh.topology import Topology
 from expertmesh.planner.cards import card
 from expertmesh.planner.deployment import Deployment
 from expertmesh.planner.formats import WEIGHTS
-from expertmesh.planner.memory import cache_bytes, most_requests, room, static_memory
+from expertmesh.planner.memory import cache_bytes, most_requests, room, static_memory, workspace_bytes
 from expertmesh.planner.models import model
 from expertmesh.weights import Shard, count_parameters, describe, static_bytes
 
@@ -59,3 +59,13 @@ def test_four_bits() -> None:
 
 def test_no_room() -> None:
     assert most_requests(Deployment(V3, A2, Topology(1, 8, 1)), 4096) == 0
+
+
+@pytest.mark.parametrize("tp", [1, 8])
+def test_rows_of_prefill_take_memory_from_requests(tp: int) -> None:
+    """As much as their workspace; those of decoding, which never come in the same step, are in it."""
+    d = Deployment(V3, A2, Topology(8, 8, tp), weight_precision="int8")
+    alone, beside = most_requests(d, 4096), most_requests(d, 4096, 8192)
+    used = beside * 4096 * cache_bytes(d) + workspace_bytes(d, 8192)
+    assert 0 < beside < alone and used <= room(d, 0) < used + 4096 * cache_bytes(d)
+    assert most_requests(d, 4096, 1.0) == alone

@@ -1,5 +1,7 @@
 """Services: Little's law, what limits, together and apart."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,7 +11,7 @@ from expertmesh.mesh.topology import Topology
 from expertmesh.planner.cards import card
 from expertmesh.planner.deployment import Deployment
 from expertmesh.planner.models import model
-from expertmesh.planner.serving import Service, Workload, prefill_rate, serve
+from expertmesh.planner.serving import Service, Workload, chunk, prefill_rate, prefill_time, serve
 
 ONE = Deployment(model("deepseek-v3"), card("h200"), Topology(1, 8, 1))
 MIXED, APART = Service(ONE, 2), Service(ONE, 1, ONE, 1)
@@ -51,3 +53,15 @@ def test_what_cannot_be() -> None:
         serve(MIXED, Workload(10, 10), 0)
     with pytest.raises(InputError, match="at least 1 token"):
         Workload(10, 0)
+
+
+def test_each_further_group_costs_prefill_a_little() -> None:
+    """All wait for the fullest one; the first alone waits for nobody, and there is no cliff behind it."""
+    work = Workload(4096, 1024)
+    shares = []
+    for tp in (8, 4, 2, 1):
+        d = Deployment(model("deepseek-v3"), card("h200"), Topology(1, 8, tp))
+        full = chunk(d) // work.input * d.topology.groups / prefill_time(d, work)
+        shares.append(prefill_rate(d, work) / full)
+    assert shares[0] == pytest.approx(1.0) and shares == sorted(shares, reverse=True)
+    assert all(b > 0.8 * a for a, b in pairwise(shares))

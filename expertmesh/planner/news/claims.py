@@ -33,6 +33,7 @@ class Claim:
     assumes: str = ""
     built: bool = True
     nearest: str = ""  # what comes nearest, where there is no finding
+    otherwise: Mapping[str, str] = field(default_factory=dict)  # verdicts under what else is as likely
 
     @property
     def reached(self) -> Finding | None:
@@ -61,6 +62,16 @@ class Claim:
         short = f"{missing:.2f}" if self.kind == "factor" else f"{missing * 100:.1f} points"
         under = f" ({self.best.assumption})" if self.best.assumption else ""
         return f"not reached: at best {self.text(self.best.value)}{under}, {short} short"
+
+    def agrees(self, other: "Claim") -> bool:
+        """Whether the verdict is the same but for its figures."""
+        return self._standing == other._standing
+
+    @property
+    def _standing(self) -> tuple[bool, int | None]:
+        """Whether all findings are as good as what was announced, and which is the first one."""
+        reached = [self._reaches(found) for found in self.findings]
+        return bool(reached) and all(reached), reached.index(True) if any(reached) else None
 
     @property
     def announced_text(self) -> str:

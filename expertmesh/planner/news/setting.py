@@ -43,6 +43,17 @@ class News:
             )
         return news
 
+    @property
+    def start_us(self) -> float:
+        """Of an exchange there and back, without rows."""
+        return self.card.dispatch_us + self.card.combine_us
+
+    def starting(self, us: float) -> "News":
+        """The same where an exchange takes so long without rows."""
+        times = us / self.start_us
+        names = ("dispatch_us", "combine_us")
+        return replace(self, card=replace(self.card, **{n: times * getattr(self.card, n) for n in names}))
+
     def layout(
         self, nodes: int, exchange: str = "flat", tp: int = TP, balanced: bool = False, overlap: bool = False
     ) -> Deployment:

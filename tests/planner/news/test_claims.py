@@ -24,6 +24,11 @@ def test_more_or_less_is_better_as_it_was_announced() -> None:
     assert Claim("it", "change", 2.0, (), built=False).verdict == "not built yet"
 
 
+def test_claims_agree_where_the_same_findings_are_good_enough() -> None:
+    assert claim("factor", 3.2, 3.3, 1.0).agrees(claim("factor", 3.2, 4.0, 2.0))
+    assert not claim("factor", 3.2, 3.3, 1.0).agrees(claim("factor", 3.2, 3.0, 4.0))
+
+
 def test_values_are_read_as_they_are_announced() -> None:
     assert (
         claim("factor", 3.2, 1.0).announced_text == "x3.2"

@@ -156,6 +156,19 @@ def test_another_layout_beats_the_announced_one() -> None:
         beaten(NEWS, 0.001)
 
 
+def test_what_the_start_of_an_exchange_decides_is_said() -> None:
+    """Half and twice of the card's estimate, where a verdict is another with one of them."""
+    for name, found in FOUND.items():
+        if not found.otherwise:
+            continue
+        assert list(found.otherwise) == ["90 us", "360 us"]
+        others = [next(c for c in claims(NEWS.starting(us)) if c.name == name) for us in (90.0, 360.0)]
+        assert list(found.otherwise.values()) == [other.verdict for other in others]
+    assert FOUND["time of a token at equal load"].otherwise
+    assert not FOUND["all static memory"].otherwise
+    assert NEWS.starting(90.0).start_us == pytest.approx(90.0)
+
+
 def test_requests_must_fit_on_sixteen_cards() -> None:
     with pytest.raises(InputError, match="give shorter ones"):
         News.of(Workload(1e6, 10))
