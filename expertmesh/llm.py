@@ -3,11 +3,11 @@
 import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from expertmesh.config import EngineConfig
+from expertmesh.config import EngineConfig, demo_model, name_of_model
+from expertmesh.engine.checkpoint import Progress
 from expertmesh.engine.engine import Engine
 from expertmesh.engine.intake import Prompt
 from expertmesh.errors import InputError
@@ -15,18 +15,16 @@ from expertmesh.launch.launcher import Launcher
 from expertmesh.mesh.topology import Topology
 from expertmesh.request import Output, SamplingParams
 
-
-def demo_model() -> Path:
-    """Folder of the model that ships with the package."""
-    return Path(str(files("expertmesh") / "demo"))
+__all__ = ["LLM", "demo_model"]
 
 
 class LLM:
     """A loaded model. For one thread; calls may be nested.
 
     model: a folder in the Hugging Face layout; None for the demo model. dtype: "auto" computes in the checkpoint's
-    type (bfloat16 for FP8 checkpoints). topology: the cluster, one rank where it is not given. launcher: starts
-    ranks that are processes, on this machine where none is given. Further options are the fields of EngineConfig.
+    type (bfloat16 for FP8 checkpoints). progress: whether loading is shown on a terminal, or who is told of it: bytes
+    so far, and in all. topology: the cluster, one rank where it is not given. launcher: starts ranks that are
+    processes, on this machine where none is given. Further options are the fields of EngineConfig.
     Raises InputError with one clear message where the folder or an option cannot be used.
     """
 
@@ -36,7 +34,7 @@ class LLM:
         *,
         dtype: str = "auto",
         topology: Topology | None = None,
-        progress: bool = False,
+        progress: bool | Progress = False,
         launcher: Launcher | None = None,
         **options: Any,
     ) -> None:
@@ -63,7 +61,7 @@ class LLM:
     @property
     def name(self) -> str:
         """What the model is called where nobody says otherwise: its folder."""
-        return "expertmesh-demo" if self.folder == demo_model() else self.folder.resolve().name
+        return name_of_model(self.folder)
 
     def default_params(self, **changes: Any) -> SamplingParams:
         """What the checkpoint recommends in generation_config.json, with these changes."""
@@ -93,7 +91,7 @@ class LLM:
             raise InputError(f"{len(many)} prompts, but {len(each)} sampling parameters")
         tokens = [self.tokens(prompt) for prompt in many]
         for ids, one in zip(tokens, each, strict=True):
-            self.engine.intake.check(ids, one)
+            self.engine.check(ids, one)
         call = f"call{next(self._calls)}"
         inbox = self._inboxes[call] = deque()
         waiting = {f"{call}-{i}" for i in range(len(many))}

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -236,6 +236,7 @@ class Request:
     prompt_logprobs: list[dict[int, float] | None] = field(default_factory=list)
     preemptions: int = 0
     cached_tokens: int = 0
+    known: int = 0  # tokens of its beginning that were in the cache when it was queued
 
     @property
     def output_length(self) -> int:
@@ -319,12 +320,12 @@ class Output:
 
     request_id: str
     prompt: str | None
-    prompt_token_ids: list[int]
+    prompt_token_ids: Sequence[int]
     text: str
-    token_ids: list[int]
+    token_ids: Sequence[int]
     finish_reason: FinishReason | None
-    logprobs: list[dict[int, float]] | None = None
-    prompt_logprobs: list[dict[int, float] | None] | None = None
+    logprobs: Sequence[dict[int, float]] | None = None
+    prompt_logprobs: Sequence[dict[int, float] | None] | None = None
     cached_tokens: int = 0
     delta: str = ""
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import platform
 import re
@@ -389,11 +390,30 @@ def test_doctor_for_people(cli: Cli) -> None:
 def test_serve_loads_and_listens_where_it_is_told(
     cli: Cli, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...], name: str | None
 ) -> None:
+    """Up to where steps would begin."""
     seen: list[Any] = []
-    monkeypatch.setattr("expertmesh.server.run.serve", lambda *given: seen.extend(given))
-    code, out, err = cli("serve", tiny_folder, "--host", "127.0.0.1", "--port", 0, *more)
-    assert (code, out, err) == (0, "", "")
-    assert isinstance(seen[0], LLM) and seen[1:] == [name or tiny_folder.name, "127.0.0.1", 0]
+
+    class Told:
+        failed = False
+
+        def __init__(self, engine: Any, send: Any, *times: float) -> None:
+            seen.append(times)
+
+        def put(self, frame: Any) -> None:
+            assert frame["do"] in ("open", "gone"), frame
+
+        def run(self, about: dict[str, str], opened: Callable[[], None]) -> bool:
+            opened()
+            return True
+
+    monkeypatch.setattr("expertmesh.server.pump.Pump", Told)
+    given = ("--grace", 7, "--linger", "inf", "--max-queue", 5)
+    code, out, err = cli("serve", tiny_folder, "--host", "127.0.0.1", "--port", 0, *given, *more)
+    assert (code, out, seen) == (0, "", [(7.0, math.inf)])
+    rows = dict(line.split(None, 1) for line in err.splitlines())
+    assert rows["model"] == f"{tiny_folder.name} ({tiny_folder})" and ", 5 wait, " in rows["requests"]
+    assert rows["serving"] == f"{name or tiny_folder.name} at {rows['address']}"
+    assert rows["address"].startswith("http://127.0.0.1:") and rows["address"].endswith("/v1")
 
 
 def test_bench_measures_and_prints_json(cli: Cli, tiny_folder: Path, tmp_path: Path) -> None:

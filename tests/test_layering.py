@@ -24,6 +24,7 @@ PLANNING = [
     "engine.scheduler",
     "engine.cache",
     "engine.groups",
+    "engine.text",
     "request",
     "config.model",
     "config.engine",
@@ -134,6 +135,14 @@ def test_every_public_name_is_there(name: str) -> None:
 @pytest.mark.parametrize("name", WITHOUT_TORCH)
 def test_no_torch_where_the_work_is_planned(name: str) -> None:
     assert not [module for module, _ in imports(name, SOURCES[name]) if module.split(".")[0] == "torch"]
+
+
+def test_the_http_process_and_what_starts_it_have_no_torch() -> None:
+    """Neither in what they import: it answers while the engine is still loading torch."""
+    program = (
+        "import sys, expertmesh.server.front, expertmesh.commands.serve; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 def test_only_the_command_line_reads_the_environment() -> None:

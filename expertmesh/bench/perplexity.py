@@ -24,7 +24,7 @@ def written(model: Path | None, prompts: Sequence[str], times: int = 1) -> list[
             for _ in prompts
         ]
         outputs = llm.generate(list(prompts) * times, params)
-    return [(output.prompt_token_ids, output.token_ids) for output in outputs]
+    return [(list(output.prompt_token_ids), list(output.token_ids)) for output in outputs]
 
 
 def cut(llm: LLM, text: str, most: int) -> list[Text]:

@@ -186,7 +186,9 @@ def _decode(engine: Engine, cases: Sequence[Case], rounds: int) -> dict[Case, fl
     for case in cases:
         for group in groups:
             if len(group.running) < case.requests:
-                raise InputError(f"--contexts {case.context} with --batches {case.requests}: too many to be read at once")
+                raise InputError(
+                    f"--contexts {case.context} with --batches {case.requests}: too many to be read at once"
+                )
             for request in group.running[: -case.requests]:
                 engine.abort(request.id)
         found[case] = min([_timed(engine) for _ in range(WARM + rounds)][WARM:])

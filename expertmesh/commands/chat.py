@@ -4,7 +4,8 @@ import argparse
 import sys
 from typing import Any
 
-from expertmesh.commands.loading import add_model, load_llm
+from expertmesh.commands.arguments import add_model
+from expertmesh.commands.loading import load_llm
 from expertmesh.commands.options import add_sampling, given_sampling
 from expertmesh.errors import InputError
 from expertmesh.llm import LLM

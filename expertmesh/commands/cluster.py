@@ -11,14 +11,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from expertmesh.commands.options import JOIN, add_options, given, without_join
-from expertmesh.config import EngineConfig
+from expertmesh.config import EngineConfig, demo_model
 from expertmesh.emulation.spread import Emulated
 from expertmesh.errors import InputError
 from expertmesh.launch.interfaces import interface_address
 from expertmesh.launch.launcher import Here, Launcher
 from expertmesh.launch.rollcall import Rendezvous
 from expertmesh.launch.torchrun import Assignment, Torchrun, end_with_parent, leading, work
-from expertmesh.llm import demo_model
 from expertmesh.mesh.topology import Topology
 from expertmesh.mesh.traffic import ALGORITHMS
 

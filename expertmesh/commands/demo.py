@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from expertmesh.commands.loading import add_model, describe_layout, load_llm
+from expertmesh.commands.arguments import add_model
+from expertmesh.commands.loading import describe_layout, load_llm
 from expertmesh.commands.options import PROMPTS
 from expertmesh.errors import InputError
 from expertmesh.llm import LLM

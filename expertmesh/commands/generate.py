@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from expertmesh.balancer.formats import loads_document
+from expertmesh.commands.arguments import add_model
 from expertmesh.commands.loading import (
-    add_model,
     describe_balance,
     describe_steps,
     describe_traffic,

@@ -7,28 +7,16 @@ from collections.abc import Sequence
 import torch
 
 from expertmesh.comm.base import PURPOSES
-from expertmesh.commands.cluster import CLUSTER_OPTIONS, add_cluster, given_topology, launching
-from expertmesh.commands.options import ENGINE_OPTIONS, add_options, add_precision, given
+from expertmesh.commands.cluster import CLUSTER_OPTIONS, given_topology, launching
+from expertmesh.commands.options import ENGINE_OPTIONS, given
 from expertmesh.engine.balancer import Balancer
+from expertmesh.engine.checkpoint import Progress
 from expertmesh.engine.processes import PRELOAD, ProcessRanks, tell_standings
 from expertmesh.llm import LLM
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model",
-        nargs="?",
-        help="folder in the Hugging Face layout; without it, the demo model that ships with this",
-    )
-    add_precision(parser.add_argument)
-    group = parser.add_argument_group("engine (worked out where not given)")
-    add_options(group.add_argument, ENGINE_OPTIONS)
-    group.add_argument("--no-prefix-cache", action="store_true", help="compute equal beginnings anew")
-    group.add_argument("--strict", action="store_true", help="refuse to run an op on its reference")
-    add_cluster(parser)
-
-
-def load_llm(args: argparse.Namespace, progress: bool = True) -> LLM:
+def load_llm(args: argparse.Namespace, progress: bool | Progress = True, quiet: bool = False) -> LLM:
+    """progress: see `LLM`. quiet: the caller says what has become of it."""
     with launching(args, PRELOAD) as launcher:
         llm = LLM(
             args.model,
@@ -46,7 +34,7 @@ def load_llm(args: argparse.Namespace, progress: bool = True) -> LLM:
         tell_standings(ranks.crew)
     if launcher is not None and launcher.apart and isinstance(ranks, ProcessRanks):
         print(describe_machines(ranks), file=sys.stderr)
-    if llm.engine.layout.topology.ranks > 1:
+    if llm.engine.layout.topology.ranks > 1 and not quiet:
         print(f"{describe_layout(llm)}\n{describe_memory(llm)}", file=sys.stderr)
     return llm
 
@@ -97,6 +85,27 @@ def describe_memory(llm: LLM) -> str:
         f"MB a rank: weights {memory.weights / 1e6:.2f} ({kinds}), "
         f"cache {memory.cache / 1e6:.1f} ({tokens} tokens, a request up to {context})"
     )
+
+
+def describe_served(llm: LLM, max_queue: int | None) -> dict[str, str]:
+    """What was worked out for a server, by name."""
+    engine, config = llm.engine, llm.engine.config
+    layout, model = engine.layout, engine.model
+    topology, kernels = layout.topology, engine.kernels
+    capacity = config.max_batch_requests * topology.groups
+    queue = "" if max_queue is None else f", {max_queue} wait"
+    exchange = f"{layout.how.name} exchange" if topology.ranks > 1 else "no exchange"
+    return {
+        "model": f"{llm.name} ({llm.folder.resolve()})",
+        "precision": f"{config.dtype}, weights {config.quantise if config.quantise != 'none' else config.dtype}",
+        "layout": f"{describe_layout(llm)}, {exchange}" if topology.ranks == 1 else describe_layout(llm),
+        "experts": f"{model.n_routed_experts} a layer in {layout.placement.slots_per_rank} slots a card",
+        "kernels": f"torch's: {kernels.lacking}"
+        if kernels.lacking
+        else "the CPU's own, where there are some",
+        "memory": describe_memory(llm).removeprefix("MB a rank: ") + " MB a rank",
+        "requests": f"{capacity} at a time{queue}, up to {config.max_context} tokens each",
+    }
 
 
 def describe_steps(llm: LLM) -> str:

@@ -4,10 +4,10 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import psutil
 import torch
@@ -26,6 +26,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # Tables that some checkpoints carry and every engine computes.
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
+Progress: TypeAlias = Callable[[int, int], None]  # bytes so far, and in all
 
 
 @dataclass(frozen=True)
@@ -150,19 +151,21 @@ def check_memory(folder: Path, wanted: int, free: int) -> None:
         )
 
 
-def load(checkpoint: Checkpoint, destinations: Destinations, shard: Shard, progress: bool = False) -> int:
+def load(
+    checkpoint: Checkpoint, destinations: Destinations, shard: Shard, progress: bool | Progress = False
+) -> int:
     """Fill one rank's destinations from the checkpoint. Returns the bytes read."""
     return load_ranks(checkpoint, [(destinations, shard)], progress)
 
 
 def load_ranks(
-    checkpoint: Checkpoint, ranks: Sequence[tuple[Destinations, Shard]], progress: bool = False
+    checkpoint: Checkpoint, ranks: Sequence[tuple[Destinations, Shard]], progress: bool | Progress = False
 ) -> int:
     """Fill the destinations of several ranks of this process, file by file in the order of the bytes; what ranks
     share is read once. Returns the bytes read.
 
     Each tensor is mapped, its range of a rank copied (FP8 blocks scaled) and unmapped, so that memory holds the
-    weights and at most one tensor of the file.
+    weights and at most one tensor of the file. progress: whether to show it on a terminal, or who is told instead.
     """
     seen: dict[tuple[str, int], tuple[Entry, str, Tensor, Shard]] = {}
     for destinations, shard in ranks:
@@ -177,11 +180,16 @@ def load_ranks(
     total = sum(t.numel() * t.element_size() for _, _, t, _ in wanted)
     with tqdm(
         total=total, unit="B", unit_scale=True, desc="loading", leave=False,
-        disable=None if progress else True,
+        disable=None if progress is True else True,
     ) as bar:  # fmt: skip
+        done = 0
         for entry, name, target, shard in wanted:
             read += _load_one(checkpoint, name, entry, target, shard)
-            bar.update(target.numel() * target.element_size())
+            size = target.numel() * target.element_size()
+            bar.update(size)
+            done += size
+            if callable(progress):
+                progress(done, total)
     return read
 
 

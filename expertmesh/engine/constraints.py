@@ -14,10 +14,11 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from expertmesh.engine.grammar import Source, compile_source, library, source_of
+from expertmesh.engine.grammar import Source, check, compile_source, library, source_of
 from expertmesh.engine.intake import Intake
 from expertmesh.engine.vocabulary import Utf8
-from expertmesh.request import Batch, Request
+from expertmesh.errors import InputError
+from expertmesh.request import Batch, Request, SamplingParams
 
 if TYPE_CHECKING:
     import xgrammar
@@ -38,6 +39,21 @@ class Constraints:
         self._utf8 = Utf8(self._pieces)
         self._waiting: dict[Request, Future[Follower]] = {}
         self._followers: WeakKeyDictionary[Request, Follower] = WeakKeyDictionary()
+
+    def check(self, params: SamplingParams) -> None:
+        """InputError where outputs could not follow the grammar, if there is one."""
+        if params.grammar is None:
+            return
+        if self._intake.tokenizer is None:
+            raise InputError("grammar needs a tokenizer, and this checkpoint has none")
+        if not self._intake.eos:
+            raise InputError("grammar needs an end-of-text token, and this checkpoint names none")
+        self._intake.tokenizer.check_pieces()
+        check(source_of(params.grammar))
+
+    def warm(self) -> None:
+        """Import what the first grammar would have to wait for, beside what else is done."""
+        self._pool.submit(library)
 
     def begin(self, request: Request) -> None:
         """Hold a request that has a grammar until that is compiled."""

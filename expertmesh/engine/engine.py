@@ -1,4 +1,4 @@
-"""The step loop: schedule, run, update, detokenise."""
+"""The step loop: schedule, run, update."""
 
 import itertools
 import logging
@@ -10,7 +10,7 @@ from pathlib import Path
 from expertmesh.config import EngineConfig, ModelConfig
 from expertmesh.engine.balancer import Balancer
 from expertmesh.engine.cache import PageCache
-from expertmesh.engine.checkpoint import open_checkpoint
+from expertmesh.engine.checkpoint import Progress, open_checkpoint
 from expertmesh.engine.constraints import Constraints
 from expertmesh.engine.groups import Groups
 from expertmesh.engine.intake import Intake
@@ -20,13 +20,13 @@ from expertmesh.engine.processes import ProcessRanks
 from expertmesh.engine.ranks import Ranks, ThreadRanks
 from expertmesh.engine.sampler import fold_seed
 from expertmesh.engine.scheduler import Scheduler
-from expertmesh.engine.text import OutputText
+from expertmesh.engine.text import Outputs
 from expertmesh.errors import InputError
 from expertmesh.kernels import kernels_for
 from expertmesh.launch.launcher import Launcher
 from expertmesh.mesh.layout import Layout
 from expertmesh.mesh.topology import Topology
-from expertmesh.request import Output, Request, SamplingParams
+from expertmesh.request import Batch, FinishReason, Output, Request, SamplingParams
 from expertmesh.weights import moves_experts
 
 
@@ -38,14 +38,14 @@ class Engine:
         folder: Path,
         config: EngineConfig,
         topology: Topology | None = None,
-        progress: bool = False,
+        progress: bool | Progress = False,
         launcher: Launcher | None = None,
     ) -> None:
         self.model = ModelConfig.from_folder(folder)
         self.layout = Layout.of(self.model, topology or Topology(), config.exchange, config.redundant)
         intake = Intake.of(folder, self.model)
         checkpoint = open_checkpoint(folder, self.model)
-        kernels = kernels_for("cpu", config.dtype_of(self.model), config.strict)
+        self.kernels = kernels = kernels_for("cpu", config.dtype_of(self.model), config.strict)
         if kernels.lacking and config.quantise != "none":
             raise InputError(f"quantise {config.quantise} needs the CPU's own kernels: {kernels.lacking}")
         if kernels.lacking:
@@ -54,7 +54,9 @@ class Engine:
             )
         self.ranks: Ranks
         if config.ranks == "processes":
-            self.ranks = ProcessRanks(checkpoint, config, self.layout, kernels, launcher)
+            self.ranks = ProcessRanks(
+                checkpoint, config, self.layout, kernels, launcher, progress if callable(progress) else None
+            )
         else:
             self.ranks = ThreadRanks(checkpoint, config, self.layout, kernels, progress)
         self.config = self.ranks.config
@@ -64,8 +66,7 @@ class Engine:
         assert self.config.max_context  # resolved
         self.intake = intake.limited(self.config.max_context)
         self.constraints = Constraints(self.intake)
-        self._texts: dict[str, OutputText] = {}
-        self._prompts: dict[str, str | None] = {}
+        self._outputs = Outputs(self.intake.tokenizer)
         self._requests: dict[str, Request] = {}
         self._ids = itertools.count()
 
@@ -95,6 +96,11 @@ class Engine:
     def busy(self) -> bool:
         return self.scheduler.busy
 
+    def check(self, tokens: Sequence[int], params: SamplingParams) -> None:
+        """InputError where this request could not run."""
+        self.intake.check(tokens, params)
+        self.constraints.check(params)
+
     def submit(
         self,
         tokens: Sequence[int],
@@ -102,8 +108,17 @@ class Engine:
         request_id: str | None = None,
         prompt: str | None = None,
     ) -> Request:
-        """Queue a request. InputError where it could not run, and then nothing has changed."""
-        self.intake.check(tokens, params)
+        """Queue a request whose outputs `step` returns. InputError where it could not run, and then nothing has
+        changed."""
+        request = self.submit_tokens(tokens, params, request_id)
+        self._outputs.expect(request, prompt)
+        return request
+
+    def submit_tokens(
+        self, tokens: Sequence[int], params: SamplingParams, request_id: str | None = None
+    ) -> Request:
+        """The same for who makes texts himself, of what `advance` returns."""
+        self.check(tokens, params)
         if request_id is None:
             request_id = next(key for n in self._ids if (key := f"r{n}") not in self._requests)
         if request_id in self._requests:
@@ -113,18 +128,19 @@ class Engine:
         request = Request(request_id, list(tokens), len(tokens), params, seed, stop_ids, limits)
         self.scheduler.add(request)
         self.constraints.begin(request)
-        tokenizer = self.intake.tokenizer
-        self._texts[request_id] = OutputText(tokenizer.stream() if tokenizer else None, params.stop)
-        self._prompts[request_id] = prompt
         self._requests[request_id] = request
         return request
 
     def abort(self, request_id: str) -> None:
         """End a request at once and give back its pages; unknown ids are ended already."""
-        request = self._requests.get(request_id)
+        self.finish(request_id, "abort")
+
+    def finish(self, request_id: str, reason: FinishReason) -> None:
+        """The same, for a reason of one's own: a stop text that the engine does not see."""
+        request = self._requests.pop(request_id, None)
         if request is not None:
-            self.scheduler.abort(request)
-            self._forget(request_id)
+            self.scheduler.finish(request, reason)
+            self._outputs.forget(request_id)
 
     def abort_all(self) -> None:
         """End every request at once."""
@@ -134,20 +150,42 @@ class Engine:
     def step(self) -> list[Output]:
         """One step of the engine: every running request gets its rows. Returns what got a token or ended."""
         with held_back():
-            refused = [self._refuse(request) for request in self.constraints.settle()]
-            batches = self.scheduler.schedule()
-            if not any(batch.slices for batch in batches):
-                self.constraints.rest()
-                return refused
-            batches = self.constraints.mask(batches)
-            plan = self.planner.plan(batches, self.layout.topology.tp)
-            start = time.perf_counter()
-            results = self.ranks.run(batches, plan)
-            taken = time.perf_counter() - start
-            self.planner.took(batches, plan, taken)
-            if self.balancer is not None:
-                self.balancer.after_step(taken, plan.split != "even")
-            return refused + [self._output(r) for r in self.scheduler.update(batches, results)]
+            return [self._output(request) for request in self._advance()]
+
+    def advance(self) -> list[Request]:
+        """The same in tokens only, without a copy of any: what a request got is at the end of its lists."""
+        with held_back():
+            return self._advance()
+
+    def heartbeat(self) -> None:
+        """A step without rows, which shows that all ranks can compute one. RankFailure where they cannot."""
+        batches = [Batch(())] * self.layout.topology.groups
+        with held_back():
+            self.ranks.run(batches, self.planner.plan(batches, self.layout.topology.tp))
+
+    def _advance(self) -> list[Request]:
+        advanced = self.constraints.settle()
+        for request in advanced:  # grammars that could not be compiled
+            self.scheduler.abort(request)
+        batches = self.scheduler.schedule()
+        if any(batch.slices for batch in batches):
+            advanced += self._compute(self.constraints.mask(batches))
+        else:
+            self.constraints.rest()
+        for request in advanced:
+            if request.finish_reason is not None:
+                del self._requests[request.id]
+        return advanced
+
+    def _compute(self, batches: Sequence[Batch]) -> list[Request]:
+        plan = self.planner.plan(batches, self.layout.topology.tp)
+        start = time.perf_counter()
+        results = self.ranks.run(batches, plan)
+        taken = time.perf_counter() - start
+        self.planner.took(batches, plan, taken)
+        if self.balancer is not None:
+            self.balancer.after_step(taken, plan.split != "even")
+        return self.scheduler.update(batches, results)
 
     def close(self) -> None:
         """End all ranks; nothing can be computed any more."""
@@ -157,45 +195,11 @@ class Engine:
         self.ranks.close()
 
     def _output(self, request: Request) -> Output:
-        text = self._texts[request.id]
-        delta = ""
-        if request.finish_reason != "stop" and request.output_length:
-            delta = text.push(request.tokens[-1])
-            if text.stopped:
-                self._stop_by_text(request)
-        if request.finish_reason is not None:
-            delta += text.finish()
-            if text.stopped:
-                request.finish_reason = "stop"
-        params = request.params
-        output = Output(
-            request_id=request.id,
-            prompt=self._prompts[request.id],
-            prompt_token_ids=request.tokens[: request.prompt_length],
-            text=text.text,
-            token_ids=request.tokens[request.prompt_length :],
-            finish_reason=request.finish_reason,
-            logprobs=list(request.logprobs) if params.logprobs is not None else None,
-            prompt_logprobs=list(request.prompt_logprobs) if params.prompt_logprobs is not None else None,
-            cached_tokens=request.cached_tokens,
-            delta=delta,
-        )
-        if output.finished:
-            self._forget(request.id)
+        output = self._outputs.of(request)
+        if output.finished and request.finish_reason is None:
+            self.finish(request.id, "stop")
+        request.finish_reason = output.finish_reason
         return output
-
-    def _refuse(self, request: Request) -> Output:
-        """End a request whose grammar could not be compiled."""
-        self.scheduler.abort(request)
-        return self._output(request)
-
-    def _stop_by_text(self, request: Request) -> None:
-        if request.finish_reason is None:
-            self.scheduler.finish(request, "stop")
-
-    def _forget(self, request_id: str) -> None:
-        for table in (self._texts, self._prompts, self._requests):
-            table.pop(request_id, None)
 
 
 def _scheduler(c: EngineConfig) -> Scheduler:

@@ -5,6 +5,16 @@ from collections.abc import Sequence
 from expertmesh.engine.scheduler import Scheduler
 from expertmesh.request import Batch, FinishReason, Request, StepResult
 
+# Rows that a request is taken to decode, which nobody knows before: what a group owes for each of its requests beside
+# the tokens that it still has to read. So many tokens found in a cache make up for one request more.
+ANSWER = 256
+
+
+def least_work(owed: Sequence[int], known: Sequence[int]) -> int:
+    """The group that has a new request's prompt computed first: owed rows that each has to compute for the requests it
+    has, and of those of the prompt that it knows from others (`known`) none. The first of equals."""
+    return min(range(len(owed)), key=lambda group: owed[group] - known[group])
+
 
 class Groups:
     """Sends each request to one group, where it stays. All groups step together or none does."""
@@ -27,15 +37,21 @@ class Groups:
         return sum(s.cache.pages - s.cache.free for s in self.schedulers)
 
     def add(self, request: Request) -> None:
-        """To the group with the fewest requests; of several to the one that knows most of its beginning."""
-        fewest = min(s.requests for s in self.schedulers)
-        idle = [s for s in self.schedulers if s.requests == fewest]
-        home = idle[0]
-        if len(idle) > 1:
-            names = list(home.cache.names(request.tokens))
-            home = max(idle, key=lambda s: s.cache.known(names))
+        """To the group that has least to do when it is there: see `least_work`."""
+        home = self.schedulers[0]
+        if len(self.schedulers) > 1:
+            reuses = request.params.prompt_logprobs is None  # else all of its rows are wanted
+            names = list(home.cache.names(request.tokens)) if reuses else []
+            known = [s.cache.known(names) * s.cache.page_size for s in self.schedulers]
+            group = least_work([self.owed(s) for s in self.schedulers], known)
+            home, request.known = self.schedulers[group], known[group]
         home.add(request)
         self._home[request] = home
+
+    def owed(self, scheduler: Scheduler) -> int:
+        """Rows to compute for the requests that are there: an estimate."""
+        requests = (*scheduler.waiting, *scheduler.running)
+        return sum(len(r.tokens) - (r.computed or r.known) + ANSWER for r in requests)
 
     def abort(self, request: Request) -> None:
         if request.finish_reason is None:

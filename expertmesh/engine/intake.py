@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from expertmesh.config import ModelConfig, read_object
-from expertmesh.engine import grammar
 from expertmesh.engine.scheduler import check_length
 from expertmesh.engine.tokenizer import Tokenizer
 from expertmesh.errors import InputError
@@ -68,7 +67,8 @@ class Intake:
         return self.tokenizer.chat(prompt, **variables)  # type: ignore[arg-type]
 
     def check(self, tokens: Sequence[int], params: SamplingParams) -> None:
-        """InputError where this request could not run."""
+        """InputError where this request could not run. Whether a grammar can be followed is for the engine to say: that
+        takes a library that needs torch."""
         vocabulary = range(self.model.vocab_size)
         wrong = [t for t in tokens if not isinstance(t, int) or isinstance(t, bool) or t not in vocabulary]
         if wrong:
@@ -84,17 +84,7 @@ class Intake:
                 raise InputError(f"{name} has token {wrong[0]}, outside the vocabulary of {len(vocabulary)}")
         if params.bad_words and self.tokenizer is None:
             raise InputError("bad_words need a tokenizer, and this checkpoint has none")
-        if params.grammar is not None:
-            self._check_grammar(params.grammar)
         check_length(len(tokens), params.max_tokens, self.max_context)
-
-    def _check_grammar(self, text: str) -> None:
-        if self.tokenizer is None:
-            raise InputError("grammar needs a tokenizer, and this checkpoint has none")
-        if not self.eos:
-            raise InputError("grammar needs an end-of-text token, and this checkpoint names none")
-        self.tokenizer.check_pieces()
-        grammar.check(grammar.source_of(text))
 
     def stop_ids(self, params: SamplingParams) -> frozenset[int]:
         """Tokens that end an output with these parameters; where a grammar is complete it ends in any case."""

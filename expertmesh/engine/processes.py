@@ -14,7 +14,7 @@ from expertmesh.comm.base import ByteCount
 from expertmesh.comm.local import cores
 from expertmesh.comm.meeting import Place
 from expertmesh.config import EngineConfig
-from expertmesh.engine.checkpoint import Checkpoint
+from expertmesh.engine.checkpoint import Checkpoint, Progress
 from expertmesh.engine.plan import Plan
 from expertmesh.engine.ranks import matched, resolve_memory, sum_loads
 from expertmesh.engine.wire import BatchWriter, read_result, write_masks
@@ -43,8 +43,9 @@ class ProcessRanks:
         layout: Layout,
         kernels: Kernels,
         launcher: Launcher | None = None,
+        progress: Progress | None = None,
     ) -> None:
-        """launcher: starts the ranks, on this machine where none is given."""
+        """launcher: starts the ranks, on this machine where none is given. progress: is told what they have loaded."""
         self.layout = layout
         ranks = layout.topology.ranks
         sharing = (launcher.sharing if launcher else None) or ranks
@@ -62,7 +63,9 @@ class ProcessRanks:
         }
         specs = [common | {"rank": rank} for rank in range(ranks)]
         launcher = launcher or Here(PRELOAD)
-        self.crew, self.places = assemble(launcher, PROGRAM, specs, layout.topology, self.config.timeout)
+        self.crew, self.places = assemble(
+            launcher, PROGRAM, specs, layout.topology, self.config.timeout, progress
+        )
         # Also where nobody closes: when this object goes, or the interpreter.
         self._end = weakref.finalize(self, Crew.close, self.crew)
 
@@ -118,6 +121,12 @@ class ProcessRanks:
         self.resets += 1
         self.crew.ask([{"do": "reset"}] * self.layout.topology.ranks)
 
+    def awaited(self) -> list[int]:
+        return self.crew.awaited()
+
+    def place(self, rank: int) -> dict[str, Any]:
+        return self.crew.place(rank)
+
     def on_failure(self, callback: Callable[[str], None]) -> None:
         self.crew.on_failure(callback)
 
@@ -126,12 +135,17 @@ class ProcessRanks:
 
 
 def assemble(
-    launcher: Launcher, program: str, specs: Sequence[Spec], topology: Topology, timeout: float
+    launcher: Launcher,
+    program: str,
+    specs: Sequence[Spec],
+    topology: Topology,
+    timeout: float,
+    progress: Progress | None = None,
 ) -> tuple[Crew, list[dict[str, Any]]]:
     """Start ranks whose program is a `worker.RankProcess`, and have them meet. Returns also where each is: host,
     interface, and the address and port that others reach. Where it fails, nothing is left, nor of the launcher."""
     try:
-        crew = Crew(launcher, program, specs, topology, timeout)
+        crew = Crew(launcher, program, specs, topology, timeout, progress)
     except BaseException:
         launcher.close()
         raise

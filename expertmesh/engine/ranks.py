@@ -20,12 +20,12 @@ from expertmesh.comm.group import Clustered
 from expertmesh.comm.local import LocalWorld
 from expertmesh.config import EngineConfig, cache_bytes_per_token
 from expertmesh.config.precision import Precision
-from expertmesh.engine.checkpoint import Checkpoint, check_memory, free_memory, load_ranks
+from expertmesh.engine.checkpoint import Checkpoint, Progress, check_memory, free_memory, load_ranks
 from expertmesh.engine.plan import Plan
 from expertmesh.engine.runner import Runner
 from expertmesh.errors import InputError, RankFailure
 from expertmesh.kernels import Kernels
-from expertmesh.launch.crew import name_of
+from expertmesh.launch.crew import name_of, place_of
 from expertmesh.mesh.layout import Layout
 from expertmesh.mesh.migration import Move
 from expertmesh.mesh.placement import Placement
@@ -87,6 +87,14 @@ class Ranks(Protocol):
 
     def commit(self, moves: Sequence[Move], placement: Placement) -> None:
         """What has come serves from the next step on, and `placement` holds."""
+        ...
+
+    def awaited(self) -> list[int]:
+        """Ranks that have not answered in the step that is under way. Any thread may ask."""
+        ...
+
+    def place(self, rank: int) -> dict[str, Any]:
+        """Rank, node, card and host of a rank, as plain data."""
         ...
 
     def on_failure(self, callback: Callable[[str], None]) -> None:
@@ -182,7 +190,12 @@ class ThreadRanks:
     """Ranks as threads that share weights; one rank runs in the caller's own thread. Implements `Ranks`."""
 
     def __init__(
-        self, checkpoint: Checkpoint, config: EngineConfig, layout: Layout, kernels: Kernels, progress: bool
+        self,
+        checkpoint: Checkpoint,
+        config: EngineConfig,
+        layout: Layout,
+        kernels: Kernels,
+        progress: bool | Progress,
     ) -> None:
         self.layout = layout
         self.config, self.memory = resolve_memory(
@@ -319,6 +332,12 @@ class ThreadRanks:
             runner.loads.reset()
         for comm in self._comms:
             comm.sent.clear()
+
+    def awaited(self) -> list[int]:
+        return [rank for rank in range(len(self.runners)) if not self._inboxes or rank not in self._done_by]
+
+    def place(self, rank: int) -> dict[str, Any]:
+        return place_of(rank, self.layout.topology, socket.gethostname())
 
     def on_failure(self, callback: Callable[[str], None]) -> None:
         """Threads fail in steps alone."""

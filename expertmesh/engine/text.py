@@ -1,8 +1,10 @@
-"""A request's output text as it grows, cut at stop texts."""
+"""Tokens to texts, cut at stop texts: the engine knows tokens only. No torch: who serves its tokens from another
+process has this beside him."""
 
 from collections.abc import Sequence
 
-from expertmesh.engine.tokenizer import TextStream
+from expertmesh.engine.tokenizer import TextStream, Tokenizer
+from expertmesh.request import FinishReason, Output, Request
 
 
 class OutputText:
@@ -13,6 +15,19 @@ class OutputText:
         self._held = ""
         self.text = ""
         self.stopped = False
+
+    def take(self, tokens: Sequence[int], reason: FinishReason | None) -> tuple[int, FinishReason | None]:
+        """Push new tokens; reason: why the request ends behind them, if it does. Returns how many of them are part of
+        the output, which a stop text ends, and why it ends now, if it does."""
+        for count, token in enumerate(tokens, 1):
+            if reason == "stop" and count == len(tokens):
+                break  # this token has ended it and is no text
+            self.push(token)
+            if self.stopped:
+                return count, "stop"
+        if reason is not None:
+            self.finish()
+        return len(tokens), "stop" if self.stopped else reason
 
     def push(self, token: int) -> str:
         """The text that this token makes certain; sets `stopped` where a stop text is complete."""
@@ -41,6 +56,49 @@ class OutputText:
             held, self._held = held[: len(held) - keep], held[len(held) - keep :]
         self.text += held
         return held
+
+
+class Outputs:
+    """All that has come of requests, in texts, from what the engine has of them in tokens."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer = tokenizer
+        self._texts: dict[str, OutputText] = {}
+        self._prompts: dict[str, str | None] = {}
+
+    def expect(self, request: Request, prompt: str | None) -> None:
+        """prompt: the text that the request's prompt was, if it was one."""
+        stream = self._tokenizer.stream() if self._tokenizer else None
+        self._texts[request.id] = OutputText(stream, request.params.stop)
+        self._prompts[request.id] = prompt
+
+    def of(self, request: Request) -> Output:
+        """Of a request that has just got a token or ended. Where a stop text is complete the output has finished, and
+        the request is still to be ended."""
+        text = self._texts[request.id]
+        before = len(text.text)
+        _, reason = text.take(request.tokens[-1:] if request.output_length else [], request.finish_reason)
+        params = request.params
+        output = Output(
+            request_id=request.id,
+            prompt=self._prompts[request.id],
+            prompt_token_ids=request.tokens[: request.prompt_length],
+            text=text.text,
+            token_ids=request.tokens[request.prompt_length :],
+            finish_reason=reason,
+            logprobs=list(request.logprobs) if params.logprobs is not None else None,
+            prompt_logprobs=list(request.prompt_logprobs) if params.prompt_logprobs is not None else None,
+            cached_tokens=request.cached_tokens,
+            delta=text.text[before:],
+        )
+        if output.finished:
+            self.forget(request.id)
+        return output
+
+    def forget(self, request_id: str) -> None:
+        """It has ended; again, nothing."""
+        self._texts.pop(request_id, None)
+        self._prompts.pop(request_id, None)
 
 
 def _overlap(text: str, stop: str) -> int:

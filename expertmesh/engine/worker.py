@@ -40,6 +40,7 @@ class RankProcess(ABC):
         """address, peers: see `Seat`; timeout: seconds in which those have to be connected."""
         self._seat, self._timeout = Seat(topology, rank, address, peers), timeout
         self._comm: ProcessComm | None = None
+        self.tell_progress: Callable[[int, int], None] = lambda done, total: None
 
     @property
     def comm(self) -> ProcessComm:
@@ -80,7 +81,7 @@ def serve(spec: Plain, channel: Channel, threads: int, program: Callable[[Plain]
     duty = Duty(spec, channel)
     tell_on_signal(duty.describe, at_once=True)
     rank = program(spec)
-    duty.where, duty.waits = rank.where, rank.waits
+    duty.where, duty.waits, rank.tell_progress = rank.where, rank.waits, duty.tell_progress
     duty.serve(rank.obey)
 
 
@@ -138,7 +139,7 @@ class _Rank(RankProcess):
             )
         new = new_weights(self._config, self._config.dtype, "cpu", kernels)
         model = DeepSeek(checkpoint.config, shard, kernels, new)
-        load(checkpoint, model.weights(), shard)
+        load(checkpoint, model.weights(), shard, self.tell_progress)
         self._runner = Runner(model, self._config, collectives_of(self._layout, self.comm))
 
 

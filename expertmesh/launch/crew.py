@@ -31,10 +31,18 @@ class Crew:
     """Starts the ranks. Not thread-safe, but for `failure`, `stands` and `close`."""
 
     def __init__(
-        self, launcher: Launcher, program: str, specs: Sequence[Spec], topology: Topology, timeout: float
+        self,
+        launcher: Launcher,
+        program: str,
+        specs: Sequence[Spec],
+        topology: Topology,
+        timeout: float,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """specs: one for each rank. timeout: seconds after which a rank that does not answer has failed; computing is
-        no reason not to. RankFailure where one does not come."""
+        no reason not to. progress: is told, in a thread, how much of what there is all ranks have done of what they say
+        (`Duty.tell_progress`). RankFailure where one does not come."""
+        self._progress, self._done = progress, dict[int, tuple[int, int]]()
         self.topology, self.timeout = topology, timeout
         self.during = "the start"  # what is being done, for messages
         self.failure: str | None = None
@@ -102,6 +110,16 @@ class Crew:
                 return
         callback(self._failed)
 
+    def awaited(self) -> list[int]:
+        """Ranks that have not answered what was asked last, first those that have not been heard for longest: others
+        may only wait for them. Any thread may ask."""
+        silent = [m.rank for m in self.members if self._asked < math.inf and m.rank not in self._answers]
+        return sorted(silent, key=lambda rank: self._heard[rank])
+
+    def place(self, rank: int) -> dict[str, Any]:
+        """Rank, node, card and host as plain data."""
+        return place_of(rank, self.topology, self.members[rank].host)
+
     def describe(self, rank: int) -> str:
         """A rank as messages name it."""
         return f"{name_of(rank, self.topology)} on {self.members[rank].host}"
@@ -128,10 +146,7 @@ class Crew:
         silent = self.failure or f"does not answer within {DUMP:g} s"
         return [
             {
-                "rank": rank,
-                "node": self.topology.node_of(rank),
-                "card": self.topology.card_of(rank),
-                "host": member.host,
+                **self.place(rank),
                 "name": self.describe(rank),
                 "process": member.pid,
                 "stands": said.get(rank, silent),
@@ -204,6 +219,10 @@ class Crew:
             elif "pong" in message:
                 if rank not in self._state or self._state[rank][0] != message["pong"]:
                     self._state[rank] = message["pong"], self._heard[rank]
+            elif "progress" in message:
+                self._done[rank] = tuple(message["progress"])
+                if self._progress is not None:
+                    self._progress(*map(sum, zip(*self._done.values(), strict=True)))
             elif "stands" in message:
                 self._stands[rank] = message["stands"]
             elif "failed" in message:  # because of another one, as a rule: wait a moment to hear of that
@@ -311,6 +330,11 @@ class Crew:
                 member.kill()
         for member in self.members:
             member.wait(GRACE)
+
+
+def place_of(rank: int, topology: Topology, host: str) -> dict[str, Any]:
+    """The same as plain data."""
+    return {"rank": rank, "node": topology.node_of(rank), "card": topology.card_of(rank), "host": host}
 
 
 def name_of(rank: int, topology: Topology) -> str:

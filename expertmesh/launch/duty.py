@@ -7,6 +7,7 @@ import select
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from expertmesh.launch.channel import Channel, ChannelClosed
 from expertmesh.launch.launcher import Spec
 
 ENDED = 1  # exit status of a rank that has ended because another one failed, or that has lost the driver
+PAUSE = 0.2  # seconds between two words on progress
 IDLE, COMPUTING = "idle", "computing"  # what a rank does that waits for no other
 # Bytes that have come or gone so far, ranks from which something is awaited, and how many exchanges have begun.
 Waits = list[Any]
@@ -32,6 +34,7 @@ class Duty:
         self.waits: Callable[[], Waits | None] = lambda: None  # the same, for the driver
         self._name = f"{spec['name']} on {socket.gethostname()}"
         self._channel, self._speaks, self._silence = channel, spec["speaks"], spec["silence"]
+        self._told = 0.0
         self._doing: str | None = None
         self._during = "the start"
         self._inbox: queue.SimpleQueue[Spec] = queue.SimpleQueue()
@@ -53,6 +56,13 @@ class Duty:
             self._channel.send({"failed": text, "suspects": None if suspects is None else list(suspects)})
             while True:  # until the driver ends this process: it may have asked for more meanwhile
                 self._inbox.get()
+
+    def tell_progress(self, done: int, total: int) -> None:
+        """How far this rank is with what takes it long; not said every time."""
+        now = time.monotonic()
+        if done == total or now - self._told > PAUSE:
+            self._told = now
+            self._channel.send({"progress": [done, total]})
 
     def _listen(self) -> None:
         poller = select.poll()

@@ -10,10 +10,12 @@ import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-
-from torch.distributed import TCPStore
+from typing import TYPE_CHECKING
 
 from expertmesh.errors import InputError, RankFailure
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 LOOK = 0.05  # seconds between two looks
 RETRY = 0.2  # seconds between two attempts to connect
@@ -26,6 +28,8 @@ class Store:
     def __init__(self, host: str, port: int, hosts: bool, timeout: float) -> None:
         """timeout: seconds to reach it in, and until an answer of it is given up. RankFailure names the cause.
         InputError where this process is to host it and cannot."""
+        from torch.distributed import TCPStore  # takes its time: not before a store is needed
+
         self._name = f"{host}:{port}"
         if hosts:
             _check_free(host, port)
@@ -33,7 +37,9 @@ class Store:
             self.address = reach(host, port, timeout)
         # In a thread, for where something else listens there, and never answers.
         opened: queue.SimpleQueue[TCPStore | RuntimeError] = queue.SimpleQueue()
-        threading.Thread(target=_open, args=(host, port, hosts, timeout, opened), daemon=True).start()
+        threading.Thread(
+            target=_open, args=(TCPStore, host, port, hosts, timeout, opened), daemon=True
+        ).start()
         try:
             found = opened.get(timeout=timeout)
         except queue.Empty:
@@ -101,11 +107,16 @@ def reach(host: str, port: int, timeout: float) -> str:
 
 
 def _open(
-    host: str, port: int, hosts: bool, timeout: float, opened: "queue.SimpleQueue[TCPStore | RuntimeError]"
+    kind: "type[TCPStore]",
+    host: str,
+    port: int,
+    hosts: bool,
+    timeout: float,
+    opened: "queue.SimpleQueue[TCPStore | RuntimeError]",
 ) -> None:
     try:
         # With many tenants, torch's launcher in the same process gets the same one.
-        store = TCPStore(
+        store = kind(
             host, port, is_master=hosts, timeout=timedelta(seconds=timeout), wait_for_workers=False, multi_tenant=True
         )  # fmt: skip
         opened.put(store)

@@ -10,10 +10,12 @@ _ERRORS = {
     400: "The request cannot be answered as it is; the message says why.",
     401: "No key, or a wrong one.",
     404: "No such model.",
+    408: "The body did not come in time.",
     413: "The body is too large.",
     429: "Too much is waiting; try again after the time in Retry-After.",
     500: "The engine has failed, or the server has a fault.",
     503: "The server is starting or stopping.",
+    504: "It took longer than a request may take.",
 }
 
 # One event of a stream. Events are named by their type in all APIs but OpenAI's completions, whose last one is [DONE].
@@ -34,7 +36,7 @@ def answers(answer: Any, error: Any, *errors: int, stream: bool = False) -> dict
     found: dict[int | str, dict[str, Any]] = {
         200: {"model": answer, "content": content, "description": "The answer."}
     }
-    for status in sorted({401, 413, 429, 500, 503, *errors}):
+    for status in sorted({401, 408, 413, 429, 500, 503, 504, *errors}):
         found[status] = {"model": error, "description": _ERRORS[status]}
     return found
 

@@ -52,7 +52,7 @@ class ApiError(Exception):
         if isinstance(error, InputError):
             return cls(400, str(error), param_of(error))
         if isinstance(error, EngineStopped):
-            return cls(500, str(error), code="engine_stopped")
+            return cls(error.status, str(error), code=error.code, headers=error.headers)
         return cls(500, "internal error; the server's log says more")
 
     def openai(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
@@ -20,6 +20,9 @@ from expertmesh.server.chat.turn import Turn
 from expertmesh.server.errors import ApiError, param_of
 from expertmesh.server.events import EventStream, JsonAnswer, event, unless_gone
 from expertmesh.server.worker import EngineStopped, Job, Worker
+
+# Outputs as they grow, each with its job's number.
+Outputs: TypeAlias = AsyncGenerator[tuple[int, Output]]
 
 
 class Answer(Protocol):
@@ -76,21 +79,19 @@ class Opened:
 
 
 class Service:
-    """The model that is served, under its name and others, and who computes. InputError where the checkpoint has no
-    tokenizer."""
+    """The model that is served, under its names, and who computes. InputError where the checkpoint has no tokenizer."""
 
-    def __init__(self, intake: Intake, worker: Worker, name: str, aliases: Sequence[str] = ()) -> None:
+    def __init__(self, intake: Intake, worker: Worker, names: Sequence[str]) -> None:
         if intake.tokenizer is None:
             raise InputError(f"{intake.folder}: has no tokenizer.json, so it cannot be served")
-        self.intake, self.worker, self.name = intake, worker, name
-        self.names = {name, *aliases}
+        self.intake, self.worker, self.names = intake, worker, names
         self.tokenizer = intake.tokenizer
         self.template = ChatTemplate(self.tokenizer)
         self.created = int(time.time())
 
     def check_model(self, model: str) -> None:
         if model not in self.names:
-            message = f"there is no model {model!r} here, only {self.name!r}"
+            message = f"there is no model {model!r} here, only {self.names[0]!r}"
             raise ApiError(404, message, "model", "model_not_found")
 
     def open(self, turn: Turn) -> Opened:
@@ -119,25 +120,22 @@ class Service:
         """Answer a request. prepare: makes its call; templates and tokenising take time, so it runs beside the loop."""
         self.check_model(model)
         call = await asyncio.to_thread(prepare)
-        self.worker.check()  # while an error can still have its status
-        if stream:
-            return EventStream(self._events(call))
+        self.worker.check(len(call.jobs))  # while an error can still have its status
+        outputs = self.worker.generate(call.jobs)
         try:
-            outputs = await unless_gone(request, self._collect(call.jobs))
+            if not stream:
+                return JsonAnswer(call.answer.whole(await unless_gone(request, _collect(outputs))))
+            if any(job.params.grammar is not None for job in call.jobs):  # which the engine may refuse
+                outputs = await unless_gone(request, _begun(outputs))
         except ClientDisconnect:
             return Response(status_code=499)  # nobody reads it
-        return JsonAnswer(call.answer.whole(outputs))
+        return EventStream(self._events(call.answer, outputs))
 
-    async def _collect(self, jobs: Sequence[Job]) -> dict[int, Output]:
-        async with aclosing(self.worker.generate(jobs)) as outputs:
-            return {number: output async for number, output in outputs}
-
-    async def _events(self, call: Call) -> AsyncGenerator[bytes]:
-        answer = call.answer
+    async def _events(self, answer: Answer, outputs: Outputs) -> AsyncGenerator[bytes]:
         for data in answer.opening():
             yield event(data, answer.named)
         try:
-            async with aclosing(self.worker.generate(call.jobs)) as outputs:
+            async with aclosing(outputs):
                 async for number, output in outputs:
                     for data in answer.more(number, output):
                         yield event(data, answer.named)
@@ -149,3 +147,25 @@ class Service:
             yield event(data, answer.named)
         if not answer.named:
             yield b"data: [DONE]\n\n"
+
+
+async def _collect(outputs: Outputs) -> dict[int, Output]:
+    async with aclosing(outputs):
+        return {number: output async for number, output in outputs}
+
+
+async def _begun(outputs: Outputs) -> Outputs:
+    """The same outputs, when the first one is there."""
+    try:
+        first = await anext(outputs)
+    except BaseException:
+        await outputs.aclose()
+        raise
+
+    async def all_of_them() -> Outputs:
+        async with aclosing(outputs):
+            yield first
+            async for item in outputs:
+                yield item
+
+    return all_of_them()

@@ -1,174 +1,226 @@
-"""The engine in a thread of its own, and its outputs on an event loop."""
+"""The engine of another process, for an event loop: who sends it requests, and whose tokens become outputs."""
 
 import asyncio
-import contextlib
 import itertools
-import logging
-import threading
-from collections.abc import AsyncGenerator, Callable, Sequence
+import math
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from queue import Empty, SimpleQueue
 from typing import Any
 
-from expertmesh.engine.engine import Engine
-from expertmesh.errors import RankFailure
-from expertmesh.request import Output, SamplingParams
+from expertmesh.engine.text import OutputText
+from expertmesh.engine.tokenizer import Tokenizer
+from expertmesh.errors import InputError
+from expertmesh.request import Output
+from expertmesh.server.frames import Frame, plain_params
+from expertmesh.server.growing import Growing, Job
+from expertmesh.server.state import EngineState
 
-NOT_RUNNING = "the engine is not running: the server is starting or stopping"
-FAILED = "the engine failed and the server must be restarted; its log says why"
+__all__ = ["EngineStopped", "Job", "Worker"]
+
+QUEUE, PER_SLOT = 1024, 16  # choices that may wait: at least, and for each that can run
+REMEMBERED = 256  # choices that ended last, by which the throughput is told
+LONGEST_WAIT = 120  # seconds that a client is told to wait at most
 
 
 class EngineStopped(RuntimeError):
-    """The engine computes nothing any more; the message says why."""
+    """A request cannot run, or not to its end; the message says why. status, code, headers: of the answer."""
 
-
-@dataclass(frozen=True)
-class Job:
-    """One sequence to generate: its prompt's token ids and how to go on."""
-
-    tokens: list[int]
-    params: SamplingParams
+    def __init__(
+        self,
+        message: str,
+        status: int = 500,
+        code: str = "engine_stopped",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.headers = status, code, dict(headers or {})
 
 
 @dataclass(eq=False)
 class _Call:
-    """Jobs that somebody waits for together. Of each request only the newest output is kept, which holds all of
-    it: a slow reader gets larger pieces instead of a growing queue."""
+    """Jobs that somebody waits for together. Of each only that it has changed is kept: a slow reader gets larger
+    pieces instead of a growing queue."""
 
-    fresh: dict[str, Output] = field(default_factory=dict)
+    waiting: set[Growing] = field(default_factory=set)  # not all of them has been told
+    fresh: dict[Growing, None] = field(default_factory=dict)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
-    problem: str | None = None
+    problem: Exception | None = None
 
-    async def take(self) -> dict[str, Output]:
-        await self.wake.wait()
-        self.wake.clear()
-        fresh, self.fresh = self.fresh, {}
-        return fresh
+    def end(self, problem: Exception) -> None:
+        self.problem = self.problem or problem
+        self.wake.set()
 
 
 class Worker:
-    """Runs an engine for an event loop.
+    """Runs jobs in the engine at the other end of a line. Everything here happens on one event loop.
 
-    Two sides share two things only: the inbox, from the loop to the thread, and the loop's own queue, back. The
-    engine is touched by its thread alone, everything else here by the loop alone, so there are no locks.
+    send: gives a frame to the other end. `hear` is to be called with each that comes from there. tokenizer: makes the
+    texts; stop texts are found here, and the engine is told. request_timeout: seconds that a call may take. max_queue:
+    choices that may wait; None: worked out when the engine says how many can run.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._inbox: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
-        self._calls: dict[str, _Call] = {}
+    def __init__(
+        self,
+        send: Callable[[Frame], None],
+        tokenizer: Tokenizer | None = None,
+        request_timeout: float | None = None,
+        max_queue: int | None = None,
+    ) -> None:
+        self._send, self.tokenizer = send, tokenizer
+        self._timeout, self._max_queue = request_timeout, max_queue
+        self._running: dict[str, tuple[Growing, _Call]] = {}
+        self._calls: set[_Call] = set()
         self._ids = itertools.count()
-        self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self.problem: str | None = NOT_RUNNING
+        self._ended: deque[float] = deque(maxlen=REMEMBERED)
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self.state = EngineState()
 
-    def start(self) -> None:
-        """Begin to compute; called on the event loop that the outputs go to."""
-        self._inbox, self.problem = SimpleQueue(), None
-        first, self._loop = self._loop is None, asyncio.get_running_loop()
-        if first:
-            self._engine.ranks.on_failure(self._rank_failed)
-        self._thread = threading.Thread(target=self._run, args=(self._loop,), name="engine", daemon=True)
-        self._thread.start()
+    @property
+    def problem(self) -> str | None:
+        """Why nothing can run, if nothing can."""
+        try:
+            self._check_state()
+        except EngineStopped as error:
+            return str(error)
+        return None
 
-    async def stop(self) -> None:
-        """End all calls with EngineStopped, and the thread after its step. Nothing is left in the engine."""
-        if self._thread is None:
-            return
-        self._end(self.problem or NOT_RUNNING)
-        for key in self._calls:
-            self._inbox.put(partial(self._engine.abort, key))
-        self._inbox.put(None)
-        await asyncio.to_thread(self._thread.join)
+    @property
+    def open(self) -> int:
+        """Choices that run or wait."""
+        return len(self._running)
 
-    def check(self) -> None:
-        """EngineStopped where a request could not run now."""
-        if self.problem is not None:
-            raise EngineStopped(self.problem)
+    @property
+    def room(self) -> int:
+        """Choices that may be there at the same time."""
+        capacity = self.state.capacity
+        queue = max(QUEUE, PER_SLOT * capacity) if self._max_queue is None else self._max_queue
+        return capacity + queue
+
+    def check(self, choices: int = 1) -> None:
+        """EngineStopped where a request of so many choices could not run now."""
+        self._check_state()
+        if choices > self.room:
+            raise EngineStopped(
+                f"{choices} choices are more than this server takes at a time: at most {self.room}",
+                400,
+                "too_many_choices",
+            )
+        if self.open + choices > self.room:
+            raise EngineStopped(
+                f"{self.open} choices run or wait, and {choices} more are too many: at most {self.room}; try again",
+                429,
+                "queue_full",
+                {"Retry-After": str(self._retry_after(self.open + choices - self.room))},
+            )
 
     def report(self) -> dict[str, Any]:
         """What is told of the engine beside its health: where experts may move, what the balancer does."""
-        balancer = self._engine.balancer
-        return {} if balancer is None else {"balance": balancer.report()}
+        balance = self.state.status.get("balance")
+        return {} if balance is None else {"balance": balance}
 
     async def generate(self, jobs: Sequence[Job]) -> AsyncGenerator[tuple[int, Output]]:
         """Outputs of the jobs as they grow, each with its job's number. Closing it, or cancelling whoever waits in
         it, aborts what still runs. EngineStopped where the engine does not live until the end."""
-        self.check()
+        self.check(len(jobs))
         call = _Call()
-        running: dict[str, int] = {}
+        self._calls.add(call)
+        timer = None
+        if self._timeout is not None:
+            late = EngineStopped(
+                f"the request took longer than the {self._timeout:g} s that one may take here", 504, "timeout"
+            )
+            timer = asyncio.get_running_loop().call_later(self._timeout, call.end, late)
         try:
             for number, job in enumerate(jobs):
-                key = f"{next(self._ids)}"
-                running[key], self._calls[key] = number, call
-                self._inbox.put(partial(self._engine.submit, job.tokens, job.params, key))
-            while running:
-                for key, output in (await call.take()).items():
-                    number = running[key]
-                    if output.finished:
-                        del running[key], self._calls[key]
-                    yield number, output
-                if running and call.problem is not None:
-                    raise EngineStopped(call.problem)
+                self._submit(number, job, call)
+            while call.waiting:
+                await call.wake.wait()
+                call.wake.clear()
+                fresh, call.fresh = call.fresh, {}
+                for growing in fresh:
+                    if growing.changed:  # else it was told with what came while others were
+                        output = growing.output()
+                        if output.finished:
+                            call.waiting.discard(growing)
+                        yield growing.number, output
+                if call.waiting and call.problem is not None:
+                    raise call.problem
         finally:
-            for key in running:
-                del self._calls[key]
-                self._inbox.put(partial(self._engine.abort, key))
+            if timer is not None:
+                timer.cancel()
+            self._calls.discard(call)
+            for growing in call.waiting:
+                self._leave(growing.key, "abort")
 
-    # The engine's thread
+    def hear(self, frame: Frame) -> None:
+        """What the engine says."""
+        match frame["do"]:
+            case "tokens":
+                for key, news in frame["new"].items():
+                    if key in self._running:  # else nobody waits any more, and the engine has been told
+                        self._grow(*self._running[key], news)
+            case "refuse":
+                if frame["key"] in self._running:
+                    self._running[frame["key"]][1].end(InputError(frame["message"]))
+            case _:
+                self.state.hear(frame)
+                if self.state.failure is not None:
+                    self.end_all(EngineStopped(self.state.failure["message"]))
 
-    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+    def end_all(self, problem: Exception) -> None:
+        """End all calls with this."""
+        for call in self._calls:
+            call.end(problem)
+
+    def _check_state(self) -> None:
+        state = self.state
+        if state.failure is not None:
+            raise EngineStopped(state.failure["message"])
+        if state.draining:
+            headers = {"Connection": "close", "Retry-After": "5"}
+            raise EngineStopped(
+                "the server is stopping and takes no new requests", 503, "shutting_down", headers
+            )
+        if not state.ready:
+            raise EngineStopped(f"the model is {state.loading}", 503, "loading", {"Retry-After": "5"})
+
+    def _submit(self, number: int, job: Job, call: _Call) -> None:
+        key = f"{next(self._ids)}"
+        frame = {"do": "submit", "key": key, "tokens": job.tokens, "params": plain_params(job.params)}
         try:
-            while self._obey():
-                outputs = self._engine.step()
-                if outputs:
-                    _post(loop, self._deliver, outputs)
-        except RankFailure as error:  # its message names the cause
-            _post(loop, self._fail, str(error))
-        except BaseException:
-            logging.getLogger(__name__).exception("the engine failed")
-            _post(loop, self._end, FAILED)
+            self._send(frame)
+        except OverflowError:
+            raise InputError("a number of the sampling parameters has more than 64 bits") from None
+        stream = self.tokenizer.stream() if self.tokenizer else None
+        growing = Growing(key, number, job, OutputText(stream, job.params.stop))
+        self._running[key] = growing, call
+        call.waiting.add(growing)
+        self.idle.clear()
 
-    def _obey(self) -> bool:
-        """Do what the inbox says, and sleep in it while the engine has nothing to do. False: stop."""
-        while True:
-            try:
-                command = self._inbox.get(block=not self._engine.busy)
-            except Empty:
-                return True
-            if command is None:
-                return False
-            command()
+    def _grow(self, growing: Growing, call: _Call, news: Sequence[Any]) -> None:
+        stopped = growing.take(news)
+        if stopped:
+            self._leave(growing.key, "stop")
+        elif growing.reason is not None:
+            self._leave(growing.key)
+        if growing.reason is not None:
+            self._ended.append(time.monotonic())
+        call.fresh[growing] = None
+        call.wake.set()
 
-    # A thread of the ranks
+    def _leave(self, key: str, reason: str | None = None) -> None:
+        """It runs no more; reason: what the engine is told, where it does not know. Again: nothing."""
+        if self._running.pop(key, None) is not None and reason is not None:
+            self._send({"do": "finish", "key": key, "reason": reason})
+        if not self._running:
+            self.idle.set()
 
-    def _rank_failed(self, message: str) -> None:
-        """A rank has failed, perhaps while nothing was asked of it."""
-        assert self._loop is not None
-        _post(self._loop, self._fail, message)
-
-    # On the loop, called by the threads
-
-    def _deliver(self, outputs: list[Output]) -> None:
-        for output in outputs:
-            call = self._calls.get(output.request_id)
-            if call is not None:  # else nobody waits any more, and its abort is in the inbox
-                call.fresh[output.request_id] = output
-                call.wake.set()
-
-    def _fail(self, message: str) -> None:
-        if self.problem is None:  # heard for the first time
-            logging.getLogger(__name__).error(message)
-            self._end(FAILED)
-
-    def _end(self, problem: str) -> None:
-        self.problem = problem
-        for call in self._calls.values():
-            call.problem = problem
-            call.wake.set()
-
-
-def _post(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *args: object) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop is closed: the process ends and nobody waits
-        loop.call_soon_threadsafe(call, *args)
+    def _retry_after(self, over: int) -> int:
+        """Seconds until so many choices will have ended, going by the last ones."""
+        if len(self._ended) < 2:
+            return 5
+        rate = len(self._ended) / max(1e-3, time.monotonic() - self._ended[0])
+        return max(1, min(LONGEST_WAIT, math.ceil(over / rate)))

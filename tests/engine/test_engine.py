@@ -53,9 +53,9 @@ def run_one(engine: Engine, tokens: Sequence[int], given: SamplingParams) -> Out
 
 def state(engine: Engine) -> list[Any]:
     """Who is there, how far, and who holds which pages."""
-    (s,) = engine.scheduler.schedulers
+    (s,), outputs = engine.scheduler.schedulers, engine._outputs
     requests = [(r.id, list(r.tokens), list(r.pages), r.computed) for r in [*s.running, *s.waiting]]
-    tables = [list(table) for table in (engine._requests, engine._texts, engine._prompts)]
+    tables = [list(table) for table in (engine._requests, outputs._texts, outputs._prompts)]
     return [requests, *tables, len(s.running), s.cache.pages - s.cache.free]
 
 
@@ -135,7 +135,7 @@ def test_what_cannot_run_changes_nothing(small: Engine, alone: Alone, case: str)
         small.submit(PROMPTS[number], GREEDY, str(number))
     small.step()
     before = state(small)
-    for attempt in (small.intake.check, small.submit):
+    for attempt in (small.check, small.submit):
         with pytest.raises(InputError, match=words):
             attempt(tokens, params(**changes))
         assert state(small) == before

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expertmesh.engine.cache import PageCache
-from expertmesh.engine.groups import Groups
+from expertmesh.engine.groups import ANSWER, Groups, least_work
 from expertmesh.engine.scheduler import Scheduler
 from expertmesh.request import StepResult
 from tests.support.fake import FakeModel, alone, request_of
@@ -57,3 +57,38 @@ def test_of_idle_groups_the_one_that_knows_the_beginning_is_taken() -> None:
     assert groups.schedulers[2].requests == 1
     groups.schedule()
     assert again.cached_tokens == 8
+
+
+@given(st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 5000)), min_size=1, max_size=9))
+def test_least_work(groups: list[tuple[int, int]]) -> None:
+    owed, known = map(list, zip(*groups, strict=True))
+    chosen = least_work(owed, known)
+    assert all(owed[chosen] - known[chosen] <= o - k for o, k in groups)
+    more = [o + (1 << 20) * (group == chosen) for group, o in enumerate(owed)]
+    assert len(groups) == 1 or least_work(more, known) != chosen, "what is full is not chosen"
+
+
+@given(st.integers(2, 5), st.lists(st.integers(1, 4000), min_size=1, max_size=40))
+def test_no_group_owes_more_than_another_by_more_than_a_request(count: int, lengths: list[int]) -> None:
+    groups = Groups([Scheduler(PageCache(9999, 4, False), 64, 4, 64, 5000) for _ in range(count)])
+    for number, length in enumerate(lengths):
+        groups.add(request_of(number, [1] * length, 9))
+    owed = [groups.owed(s) for s in groups.schedulers]
+    assert max(owed) - min(owed) <= max(lengths) + ANSWER
+
+
+def test_a_long_beginning_that_is_known_makes_up_for_some_requests() -> None:
+    """And not for any number of them."""
+    groups, model = (
+        Groups([Scheduler(PageCache(999, 4), 4096, 8, 4096, 4096) for _ in range(2)]),
+        FakeModel(4),
+    )
+    beginning = [3] * (2 * ANSWER + 8)
+    groups.add(request_of(0, beginning, 1))
+    batches = groups.schedule()
+    groups.update(batches, [StepResult(model.run(batch)) for batch in batches])
+    assert not groups.busy
+    for number in range(6):
+        groups.add(request_of(1 + number, [*beginning, 1 + number], 9))
+    first, second = groups.schedulers
+    assert (first.requests, second.requests) == (5, 1)  # the one there has all of the beginning to read

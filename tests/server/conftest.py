@@ -1,14 +1,17 @@
 """A random checkpoint behind a real server on a free port."""
 
+import asyncio
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import httpx
 import openai
 import pytest
 import torch
@@ -19,8 +22,13 @@ from fastapi import FastAPI
 from expertmesh import LLM
 from expertmesh.config import ModelConfig
 from expertmesh.engine.intake import Intake
+from expertmesh.launch.channel import Channel
 from expertmesh.llm import demo_model
 from expertmesh.server.app import create_app
+from expertmesh.server.front import Front
+from expertmesh.server.line import Line
+from expertmesh.server.pump import Pump
+from expertmesh.server.settings import Settings
 from expertmesh.server.worker import Worker
 from tests.server.scripted import ScriptedWorker, template
 
@@ -86,7 +94,7 @@ def script_server(
     shutil.copy(template("deepseek_v31"), path / "chat_template.jinja")
     intake = Intake.of(path, ModelConfig.from_folder(path))
     worker = ScriptedWorker(intake)
-    with serving_app(create_app(intake, cast(Worker, worker), NAME)) as url:
+    with serving_app(create_app(intake, cast(Worker, worker), [NAME])) as url:
         yield worker, url
 
 
@@ -102,22 +110,11 @@ def script_url(script_server: tuple[ScriptedWorker, str]) -> str:
     return script_server[1]
 
 
-def serving(llm: LLM, grace: float = 10) -> AbstractContextManager[str]:
-    """A server of a model in a thread."""
-    return serving_app(create_app(llm.engine.intake, Worker(llm.engine), NAME), grace)
-
-
 @contextmanager
-def serving_app(app: FastAPI, grace: float = 10) -> Iterator[str]:
-    """A server in a thread. Leaving ends it and waits for the end."""
+def serving_app(app: FastAPI) -> Iterator[str]:
+    """A server of an application in a thread. Leaving ends it and waits for the end."""
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(
-        app,
-        lifespan="on",
-        ws="none",
-        log_config=None,
-        timeout_graceful_shutdown=int(grace),
-    )
+    config = uvicorn.Config(app, lifespan="off", ws="none", log_config=None, timeout_graceful_shutdown=10)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -126,6 +123,34 @@ def serving_app(app: FastAPI, grace: float = 10) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+@contextmanager
+def serving(llm: LLM, **settings: Any) -> Iterator[str]:
+    """Both sides of a server, each in a thread instead of a process. Leaving stops it as a signal does, and waits for
+    the end."""
+    near, far = socket.socketpair()
+    listener = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    given = Settings(**{"folder": str(llm.folder), "names": (NAME,), "grace": 10.0} | settings)
+    pump = Pump(llm.engine, lambda frame: line.send(frame), given.grace, given.linger)
+    line = Line(Channel(near), pump.put)
+    front = Front(given, far, listener)
+    threads = [
+        threading.Thread(target=lambda: asyncio.run(front.run())),
+        threading.Thread(target=pump.run, args=({},)),
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        while httpx.get(f"{url}/ready").status_code != 200:
+            time.sleep(0.01)
+        yield url
+    finally:
+        pump.put({"do": "drain"})
+        for thread in threads:
+            thread.join()
+        line.close()
 
 
 def connect(url: str) -> openai.OpenAI:

@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
-from typing import Any
 
 from expertmesh import Output
 from expertmesh.engine.intake import Intake
@@ -21,14 +20,7 @@ class ScriptedWorker:
         self.text, self.fails = "Yes.", -1
         self.jobs: list[Job] = []  # of the last call
 
-    def start(self) -> None: ...
-
-    async def stop(self) -> None: ...
-
-    def check(self) -> None: ...
-
-    def report(self) -> dict[str, Any]:
-        return {}
+    def check(self, choices: int = 1) -> None: ...
 
     @property
     def prompt(self) -> str:

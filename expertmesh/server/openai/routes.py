@@ -74,12 +74,12 @@ class _Routes:
 
     async def tokenize(self, body: TokenizeRequest) -> Response:
         """Token ids of a text or of a conversation."""
-        self._service.check_model(body.model or self._service.name)
+        self._service.check_model(body.model or self._service.names[0])
         return JsonAnswer(await asyncio.to_thread(tokens_of, body, self._service))
 
     async def detokenize(self, body: DetokenizeRequest) -> Response:
         """The text of token ids."""
-        self._service.check_model(body.model or self._service.name)
+        self._service.check_model(body.model or self._service.names[0])
         size = self._service.intake.model.vocab_size
         wrong = [token for token in body.tokens if token >= size]
         if wrong:
@@ -88,7 +88,12 @@ class _Routes:
 
     def _model(self) -> dict[str, Any]:
         service = self._service
-        model = {"id": service.name, "object": "model", "created": service.created, "owned_by": "expertmesh"}
+        model = {
+            "id": service.names[0],
+            "object": "model",
+            "created": service.created,
+            "owned_by": "expertmesh",
+        }
         return model | {"max_model_len": service.intake.max_context}
 
     def _completion(self, body: CompletionRequest) -> Call:

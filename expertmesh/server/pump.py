@@ -1,0 +1,199 @@
+"""The engine's side of a server: steps, and what comes and goes between them."""
+
+import logging
+import math
+import re
+import threading
+import time
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from expertmesh.engine.engine import Engine
+from expertmesh.errors import InputError, RankFailure
+from expertmesh.request import SamplingParams
+from expertmesh.server.frames import Frame, TokenWriter
+
+FAILED = "the engine failed and the server must be restarted; its log says why"
+PULSE = 0.5  # seconds between two words on how the engine is
+BEAT = 3.0  # seconds without requests after which the ranks show with a step without rows that they are there
+PATIENCE, OF_LONGEST = (
+    10.0,
+    3.0,
+)  # a step is late after so many seconds, or so many times the longest one before
+LINGER = 10.0  # seconds beyond the grace after which the other process hangs
+
+
+class Pump:
+    """Steps an engine for as long as the process that speaks HTTP is there.
+
+    run is for the thread that the engine belongs to. `put` is for any: frames, and {"do": "drain"} where the server is
+    to stop. snapshot: what is to be known of the engine beside its health, as plain data; it is asked for twice a
+    second, in another thread.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        send: Callable[[Frame], None],
+        grace: float = 30.0,
+        linger: float = 60.0,
+        snapshot: Callable[[], dict[str, Any]] = dict,
+    ) -> None:
+        self._engine, self._send, self._snapshot = engine, send, snapshot
+        self._grace, self._linger = grace, linger
+        self._inbox: SimpleQueue[Frame] = SimpleQueue()
+        self.put = self._inbox.put
+        self._writer = TokenWriter()
+        self._steps, self._longest = 0, 0.0
+        self._finished = time.monotonic()  # when the last step did
+        self._stepping = False
+        self._draining = self.failed = False
+        self._gone = False
+        self._deadline: float | None = None  # when this ends, whatever the other process does
+
+    def run(self, about: dict[str, Any], opened: Callable[[], None] = lambda: None) -> bool:
+        """Until the other process has ended. Returns whether everything went well: it was told to stop, and the engine
+        did not fail. about: what was worked out for this engine, for who asks the server. opened: is called when
+        requests are taken."""
+        self._opened = opened
+        engine = self._engine
+        capacity = engine.config.max_batch_requests * engine.layout.topology.groups
+        head = {"capacity": capacity, "max_context": engine.config.max_context, "about": about}
+        self._finished = time.monotonic()
+        self._send({"do": "ready", "status": self.status()} | head)
+        engine.ranks.on_failure(lambda message: self.put({"do": "failed", "message": message}))
+        ended = threading.Event()
+        pulse = threading.Thread(target=self._beat, args=(ended,), name="pulse", daemon=True)
+        pulse.start()
+        try:
+            while self._obey():
+                self._step()
+        finally:
+            ended.set()
+            pulse.join()
+        if not self.failed:
+            engine.abort_all()  # nobody waits for what still runs
+        return self._draining and not self.failed
+
+    def status(self) -> dict[str, Any]:
+        """How the engine is. Any thread may ask. since: seconds since the last step has finished; patience: after how
+        many of them it is late; awaited: ranks that have not answered in the step that is under way."""
+        engine = self._engine
+        schedulers = engine.scheduler.schedulers
+        caches = [s.cache for s in schedulers]
+        balancer = engine.balancer
+        return {
+            "steps": self._steps,
+            "since": time.monotonic() - self._finished,
+            "patience": max(PATIENCE, OF_LONGEST * self._longest) + BEAT,
+            "awaited": [engine.ranks.place(rank) for rank in engine.ranks.awaited()]
+            if self._stepping
+            else [],
+            "running": sum(len(s.running) for s in schedulers),
+            "waiting": sum(len(s.waiting) for s in schedulers),
+            "pages": sum(c.pages for c in caches),
+            "pages_free": sum(c.free for c in caches),
+            "preemptions": engine.scheduler.preemptions,
+            "balance": None if balancer is None else balancer.report(),
+            "telemetry": self._snapshot(),
+        }
+
+    def _beat(self, ended: threading.Event) -> None:
+        while not ended.wait(PULSE):
+            try:
+                self._send({"do": "state", "status": self.status()})
+            except RuntimeError:  # something changed while it was looked at
+                continue
+
+    def _obey(self) -> bool:
+        """Do what has come, and sleep while there is nothing to do. False: it is time to end."""
+        while True:
+            try:
+                frame = self._inbox.get(timeout=self._wait())
+            except Empty:
+                return self._deadline is None or time.monotonic() < self._deadline
+            self._do(frame)
+            if self._gone:
+                return False
+
+    def _wait(self) -> float:
+        """Seconds to sleep at most."""
+        if self._engine.busy and not self.failed:
+            return 0.0
+        now = time.monotonic()
+        due = now + PULSE if self.failed else self._finished + BEAT
+        return max(0.0, min(due, self._deadline or due) - now)
+
+    def _do(self, frame: Frame) -> None:
+        match frame["do"]:
+            case "submit" if not self.failed:
+                try:
+                    self._engine.submit_tokens(
+                        frame["tokens"], SamplingParams(**frame["params"]), frame["key"]
+                    )
+                except InputError as error:
+                    self._send({"do": "refuse", "key": frame["key"], "message": str(error)})
+            case "finish" if not self.failed:
+                self._engine.finish(frame["key"], frame["reason"])
+                self._writer.forget(frame["key"])
+            case "drain":
+                if not self._draining:
+                    self._draining = True
+                    self._send({"do": "drain", "grace": self._grace})
+                    self._end_by(self._grace + LINGER)
+            case "failed":
+                self._fail(frame["message"])
+            case "open":
+                self._opened()
+            case "refused":
+                raise InputError(frame["message"])
+            case "gone":
+                self._gone = True
+
+    def _step(self) -> None:
+        """With rows where there are any. What fails is told, and nothing is computed after it."""
+        if self.failed:
+            return
+        start = time.monotonic()
+        self._stepping = True
+        try:
+            if self._engine.busy:
+                advanced = self._engine.advance()
+                if advanced:
+                    self._send(self._writer.write(advanced))
+            else:
+                self._engine.heartbeat()
+        except RankFailure as error:  # its message names the cause
+            self._fail(str(error))
+        except Exception:
+            logging.getLogger(__name__).exception("the engine failed")
+            self._fail(None)
+        finally:
+            self._stepping = False
+        self._finished = time.monotonic()
+        self._steps += 1
+        self._longest = max(self._longest, self._finished - start)
+
+    def _end_by(self, seconds: float) -> None:
+        self._deadline = min(self._deadline or math.inf, time.monotonic() + seconds)
+
+    def _fail(self, message: str | None) -> None:
+        """The first time: tell it, and stay for a while to be asked. message: for the log and for clients; None: it is
+        in the log already, and nothing for strangers."""
+        if self.failed:
+            return
+        self.failed = True
+        self._end_by(self._linger)
+        if message is not None:
+            logging.getLogger(__name__).error(message)
+        told = FAILED if message is None else f"the engine failed and the server must be restarted: {message}"
+        self._send({"do": "failed", "message": told, "place": place_in(message or "")})
+
+
+def place_in(message: str) -> dict[str, Any]:
+    """Rank, node, card and host, where a message of a rank's failure begins with them (`launch.crew.name_of`)."""
+    found = re.match(r"rank (\d+) \(node (\d+), card (\d+)\) on (\S+)", message)
+    return dict(zip(("rank", "node", "card"), map(int, found.groups()[:3]), strict=True)) | {
+        "host": found[4]
+    } if found else {}  # fmt: skip
