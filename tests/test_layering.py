@@ -25,6 +25,8 @@ PLANNING = [
     "engine.cache",
     "engine.groups",
     "engine.text",
+    "engine.tally",
+    "engine.arrays",
     "request",
     "config.model",
     "config.engine",

@@ -84,11 +84,12 @@ def run(args: argparse.Namespace) -> int:
 def _serve(args: argparse.Namespace, server: Server, url: str) -> int:
     # With torch, which takes its time: the other process answers by now.
     from expertmesh.commands.loading import describe_served, load_llm
+    from expertmesh.engine.telemetry import Telemetry
     from expertmesh.server.pump import Pump
 
     settings = server.settings
     with load_llm(args, server.loading, quiet=True) as llm:
-        pump = Pump(llm.engine, server.send, settings.grace, settings.linger)
+        pump = Pump(llm.engine, server.send, settings.grace, settings.linger, Telemetry(llm.engine))
         server.attach(pump.put)
         about = describe_served(llm, settings.max_queue) | {"address": url}
         print("\n".join(f"{name:10} {value}" for name, value in about.items()), file=sys.stderr)

@@ -3,7 +3,6 @@
 import itertools
 import logging
 import secrets
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from expertmesh.engine.processes import ProcessRanks
 from expertmesh.engine.ranks import Ranks, ThreadRanks
 from expertmesh.engine.sampler import fold_seed
 from expertmesh.engine.scheduler import Scheduler
+from expertmesh.engine.tally import Stopwatch, Tally
 from expertmesh.engine.text import Outputs
 from expertmesh.errors import InputError
 from expertmesh.kernels import kernels_for
@@ -62,6 +62,7 @@ class Engine:
         self.config = self.ranks.config
         self.planner = self.new_planner(self.config.overlap)
         self.balancer = self._new_balancer()
+        self.tally = Tally()
         self.scheduler = Groups([_scheduler(self.config) for _ in range(self.layout.topology.groups)])
         assert self.config.max_context  # resolved
         self.intake = intake.limited(self.config.max_context)
@@ -129,6 +130,7 @@ class Engine:
         self.scheduler.add(request)
         self.constraints.begin(request)
         self._requests[request_id] = request
+        self.tally.submit(request)
         return request
 
     def abort(self, request_id: str) -> None:
@@ -140,6 +142,7 @@ class Engine:
         request = self._requests.pop(request_id, None)
         if request is not None:
             self.scheduler.finish(request, reason)
+            self.tally.end(request)
             self._outputs.forget(request_id)
 
     def abort_all(self) -> None:
@@ -164,28 +167,35 @@ class Engine:
             self.ranks.run(batches, self.planner.plan(batches, self.layout.topology.tp))
 
     def _advance(self) -> list[Request]:
+        watch = Stopwatch()
         advanced = self.constraints.settle()
         for request in advanced:  # grammars that could not be compiled
             self.scheduler.abort(request)
         batches = self.scheduler.schedule()
         if any(batch.slices for batch in batches):
-            advanced += self._compute(self.constraints.mask(batches))
+            advanced += self._compute(self.constraints.mask(batches), watch)
         else:
             self.constraints.rest()
         for request in advanced:
             if request.finish_reason is not None:
-                del self._requests[request.id]
+                self.tally.end(self._requests.pop(request.id))
         return advanced
 
-    def _compute(self, batches: Sequence[Batch]) -> list[Request]:
+    def _compute(self, batches: Sequence[Batch], watch: Stopwatch) -> list[Request]:
         plan = self.planner.plan(batches, self.layout.topology.tp)
-        start = time.perf_counter()
+        split = plan.split != "even"
+        self.tally.begin(batches)
+        watch.lap("schedule")
         results = self.ranks.run(batches, plan)
-        taken = time.perf_counter() - start
+        taken = watch.lap("ranks")
         self.planner.took(batches, plan, taken)
         if self.balancer is not None:
-            self.balancer.after_step(taken, plan.split != "even")
-        return self.scheduler.update(batches, results)
+            self.balancer.after_step(taken, split)
+        watch.lap("balance")
+        advanced = self.scheduler.update(batches, results)
+        watch.lap("update")
+        self.tally.step(batches, sum(r.params.max_tokens > 0 for r in advanced), watch, split)
+        return advanced
 
     def close(self) -> None:
         """End all ranks; nothing can be computed any more."""

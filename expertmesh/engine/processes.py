@@ -90,7 +90,13 @@ class ProcessRanks:
 
     def loads(self) -> dict[int, Tensor]:
         counts = self.crew.ask([{"do": "loads"}] * self.layout.topology.ranks)
-        return sum_loads([{layer: torch.tensor(rows) for layer, rows in one.items()} for one in counts])
+        # As bytes: of a large cluster they are millions of numbers.
+        return sum_loads(
+            [
+                {layer: torch.from_numpy(np.frombuffer(rows, np.int64).copy()) for layer, rows in one.items()}
+                for one in counts
+            ]
+        )
 
     def sent(self) -> list[ByteCount]:
         answers = self.crew.ask([{"do": "sent"}] * self.layout.topology.ranks)
@@ -100,6 +106,10 @@ class ProcessRanks:
             )
             for rank, answer in enumerate(answers)
         ]
+
+    def parts(self) -> list[tuple[int, dict[str, float]]]:
+        answers = self.crew.ask([{"do": "parts"}] * self.layout.topology.ranks)
+        return [(steps, seconds) for steps, seconds in answers]
 
     def stage(self, moves: Sequence[Move], start: int, stop: int) -> None:
         plain = [astuple(move) for move in moves]

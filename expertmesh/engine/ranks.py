@@ -73,8 +73,13 @@ class Ranks(Protocol):
         """What each rank sent since the last `reset`."""
         ...
 
+    def parts(self) -> list[tuple[int, dict[str, float]]]:
+        """Of each rank of several: steps that were measured, and seconds by part (`engine.parts`), since the last
+        `reset`."""
+        ...
+
     def reset(self) -> None:
-        """Count loads and bytes from 0."""
+        """Count loads, bytes and seconds from 0."""
         ...
 
     def stage(self, moves: Sequence[Move], start: int, stop: int) -> None:
@@ -326,10 +331,14 @@ class ThreadRanks:
     def sent(self) -> list[ByteCount]:
         return [comm.sent for comm in self._comms]
 
+    def parts(self) -> list[tuple[int, dict[str, float]]]:
+        return [(r.parts.steps, dict(r.parts.seconds)) for r in self.runners[: len(self._comms)]]
+
     def reset(self) -> None:
         self.resets += 1
         for runner in self.runners:
             runner.loads.reset()
+            runner.parts.reset()
         for comm in self._comms:
             comm.sent.clear()
 

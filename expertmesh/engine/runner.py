@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from expertmesh.comm.alone import Alone
-from expertmesh.comm.base import Collectives, Group
+from expertmesh.comm.base import Collectives, Exchange, Group
 from expertmesh.comm.exchange import TieredExchange
 from expertmesh.config import EngineConfig
 from expertmesh.engine import sampler
 from expertmesh.engine.moving import Mover
+from expertmesh.engine.parts import Parts
 from expertmesh.engine.plan import Plan, cut
 from expertmesh.engine.replay import Replay
 from expertmesh.kernels import AttentionRows, Rotary
@@ -41,6 +42,7 @@ class Runner:
         ]
         self.cos, self.sin = rotary_table(model.config, config.max_context or 1)
         self.loads = Loads(model.kernels.count)
+        self.parts = Parts()
         graph = model.kernels.graph
         alone = isinstance(collectives, Alone)
         self.replay = Replay(graph, config, self._decode) if graph is not None and alone else None
@@ -56,11 +58,12 @@ class Runner:
     def run(self, batch: Batch, plan: Plan) -> StepResult:
         """Compute my share of the TP group's batch; choose a token for each request whose known tokens are all
         computed. Every rank of the group gets the batch, the first one gives the results."""
-        self.collectives.exchange.prepare(plan.pieces, plan.split, plan.rows)
+        collectives = self.parts.of_step(self.collectives, plan.micro_batches)
+        collectives.exchange.prepare(plan.pieces, plan.split, plan.rows)
         parts = cut(batch) if plan.micro_batches == 2 else (batch,)
         asked = [_asked(part) for part in parts]
-        rows = self.collectives.run(
-            [partial(self._compute, part, wanted) for part, wanted in zip(parts, asked, strict=True)]
+        rows = collectives.run(
+            [partial(self._compute, *each, collectives) for each in zip(parts, asked, strict=True)]
         )
         result = StepResult()
         group = self.collectives.group(0)  # of any number of rows: only the head is computed now
@@ -79,20 +82,21 @@ class Runner:
                 first += len(j.rows)
         return result
 
-    def _compute(self, batch: Batch, wanted: "_Asked") -> Tensor:
+    def _compute(self, batch: Batch, wanted: "_Asked", collectives: Collectives) -> Tensor:
         """Hidden states of the rows whose logits somebody asked for: of all rows only those leave their rank."""
-        group = self.collectives.group(batch.rows)
+        group = collectives.group(batch.rows)
         if self.replay is not None and self.loads.repeatable and self.replay.suits(batch):
             x_TD = self.replay.run(batch)
         else:
-            x_TD = self.model(self._step(batch, group))
+            x_TD = self.model(self._step(batch, group, collectives.exchange))
         return group.gather_rows(x_TD, wanted.rows)
 
     def _decode(self, tokens_T: Tensor, positions_T: Tensor, rows: AttentionRows) -> Tensor:
         """Of a rank that is alone."""
-        return self.model(self._step_of(tokens_T, positions_T, rows, self.collectives.group(len(tokens_T))))
+        group, exchange = self.collectives.group(len(tokens_T)), self.collectives.exchange
+        return self.model(self._step_of(tokens_T, positions_T, rows, group, exchange))
 
-    def _step(self, batch: Batch, group: Group) -> Step:
+    def _step(self, batch: Batch, group: Group, exchange: Exchange) -> Step:
         """Positions, cache slots and pages of every row, from plain lists to tensors once."""
         size = self.config.page_size
         tokens: list[int] = []
@@ -118,16 +122,18 @@ class Runner:
             lengths_B=self._ints([s.start + 1 for s in decoding]),
             prefills=tuple(prefills),
         )
-        return self._step_of(self._ints(tokens), self._ints(positions), rows, group)
+        return self._step_of(self._ints(tokens), self._ints(positions), rows, group, exchange)
 
-    def _step_of(self, tokens_T: Tensor, positions_T: Tensor, rows: AttentionRows, group: Group) -> Step:
+    def _step_of(
+        self, tokens_T: Tensor, positions_T: Tensor, rows: AttentionRows, group: Group, exchange: Exchange
+    ) -> Step:
         return Step(
             tokens_T=tokens_T,
             rotary=Rotary(positions_T, self.cos, self.sin, self.model.config.rope_interleave),
             rows=rows,
             cache=self.cache,
             tp=group,
-            exchange=self.collectives.exchange,
+            exchange=exchange,
             loads=self.loads,
         )
 

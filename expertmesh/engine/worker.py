@@ -116,12 +116,15 @@ class _Rank(RankProcess):
                 self._placement = self._placement.replaced(slots)
                 self._runner.mover.commit(_moves(message), self._placement)
             case "loads":
-                return {layer: rows.tolist() for layer, rows in self._runner.loads.counts.items()}
+                return {layer: rows.numpy().tobytes() for layer, rows in self._runner.loads.counts.items()}
             case "sent":
                 tables = self.comm.sent.bytes, self.comm.sent.messages
                 return [{purpose: row.tolist() for purpose, row in table.items()} for table in tables]
+            case "parts":
+                return [self._runner.parts.steps, self._runner.parts.seconds]
             case "reset":
                 self._runner.loads.reset()
+                self._runner.parts.reset()
                 self.comm.sent.clear()
             case other:
                 raise ValueError(f"no such message: {other}")

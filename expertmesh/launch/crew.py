@@ -124,6 +124,11 @@ class Crew:
         """A rank as messages name it."""
         return f"{name_of(rank, self.topology)} on {self.members[rank].host}"
 
+    def silence(self) -> list[float]:
+        """Seconds since each rank was last heard. Any thread may ask."""
+        now = time.monotonic()
+        return [max(0.0, now - self._heard[rank]) for rank in range(len(self.members))]
+
     def stands(self) -> list[str]:
         """Where each rank stands at the moment, by its own account."""
         return [

@@ -23,8 +23,9 @@ class Entrance:
     """The application in front of the API's. api: None while there is none yet.
 
     /live says that this process is there, /ready whether requests are taken, /health whether the engine computes;
-    nobody needs a key for these. keys: digests (`settings.digests`); where there are any, everything else takes one, as
-    `Authorization: Bearer` or `x-api-key`, and to look at something in a browser as the password of Basic.
+    nobody needs a key for these, nor for the dashboard's files. keys: digests (`settings.digests`); where there are
+    any, everything else takes one, as `Authorization: Bearer` or `x-api-key`, and to look at something in a browser as the
+    password of Basic.
     """
 
     def __init__(self, worker: Worker, keys: Sequence[bytes] = (), max_body: int = 16 << 20) -> None:
@@ -42,7 +43,8 @@ class Entrance:
             if scope["path"] in OPEN:
                 await self._probe(scope)(scope, receive, send)
                 return
-            self._check_key(scope)
+            if not _is_page(scope["path"]):
+                self._check_key(scope)
             if scope["method"] == "POST" or self.api is None:
                 self._worker.check(1)
             assert self.api is not None  # where requests are taken it is there
@@ -73,7 +75,7 @@ class Entrance:
             return
         shown = hashlib.sha256(_shown_key(scope)).digest()
         if sum(hmac.compare_digest(shown, key) for key in self._keys) == 0:
-            kind = "Bearer" if scope["path"].startswith("/v1") else "Basic"
+            kind = "Basic" if scope["path"] == "/metrics" else "Bearer"
             message = "this server takes an API key: send Authorization: Bearer KEY, or x-api-key: KEY"
             headers = {"WWW-Authenticate": f'{kind} realm="expertmesh"'}
             raise ApiError(401, message, code="invalid_api_key", headers=headers)
@@ -104,6 +106,11 @@ class Entrance:
             message_ = f"the body did not come within {BODY_TIME:g} s"
             raise ApiError(408, message_, code="timeout", headers=close) from None
         return bytes(body)
+
+
+def _is_page(path: str) -> bool:
+    """Whether it is a file of the dashboard, which asks for a key itself; what it shows takes one."""
+    return path == "/dashboard" or (path.startswith("/dashboard/") and path != "/dashboard/events")
 
 
 def _shown_key(scope: Scope) -> bytes:

@@ -13,6 +13,7 @@ From the engine:
             only what is new
     refuse  key, message: a request that cannot run after all
     state   status: how the engine is (`pump.Pump.status`), about twice a second
+    telemetry state: what it tells of itself (`engine.telemetry`), between two steps, about as often
     failed  message, place: the engine computes nothing any more; place: rank, node, card, host, where one has failed
     drain   grace: take no new requests, and end when those that run have ended, in this time
 """

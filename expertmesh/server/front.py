@@ -86,7 +86,7 @@ class Front:
                 await self._engine_ended()
                 return
             if message["do"] == "drain":
-                self._worker.state.draining = True
+                self._worker.hear(message)
                 draining = loop.create_task(self._drain(message["grace"]))
                 continue
             if message["do"] == "ready":
@@ -120,10 +120,7 @@ class Front:
     async def _engine_ended(self) -> None:
         """Nobody is at the other end any more."""
         told = self._worker.state.failure is not None or self._worker.state.draining
-        self._worker.state.fail("the process of the engine has ended; the server must be restarted")
-        self._worker.end_all(
-            EngineStopped("the process of the engine has ended; the server must be restarted")
-        )
+        self._worker.fail("the process of the engine has ended; the server must be restarted")
         if not told:
             await asyncio.sleep(REMAINS)
 

@@ -10,6 +10,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from expertmesh.engine.engine import Engine
+from expertmesh.engine.telemetry import Telemetry
 from expertmesh.errors import InputError, RankFailure
 from expertmesh.request import SamplingParams
 from expertmesh.server.frames import Frame, TokenWriter
@@ -28,8 +29,7 @@ class Pump:
     """Steps an engine for as long as the process that speaks HTTP is there.
 
     run is for the thread that the engine belongs to. `put` is for any: frames, and {"do": "drain"} where the server is
-    to stop. snapshot: what is to be known of the engine beside its health, as plain data; it is asked for twice a
-    second, in another thread.
+    to stop. telemetry: what is told of the engine beside its health.
     """
 
     def __init__(
@@ -38,16 +38,16 @@ class Pump:
         send: Callable[[Frame], None],
         grace: float = 30.0,
         linger: float = 60.0,
-        snapshot: Callable[[], dict[str, Any]] = dict,
+        telemetry: Telemetry | None = None,
     ) -> None:
-        self._engine, self._send, self._snapshot = engine, send, snapshot
+        self._engine, self._send, self._telemetry = engine, send, telemetry
         self._grace, self._linger = grace, linger
         self._inbox: SimpleQueue[Frame] = SimpleQueue()
         self.put = self._inbox.put
         self._writer = TokenWriter()
         self._steps, self._longest = 0, 0.0
         self._finished = time.monotonic()  # when the last step did
-        self._stepping = False
+        self._asking = False  # the ranks, for whose answers it waits
         self._draining = self.failed = False
         self._gone = False
         self._deadline: float | None = None  # when this ends, whatever the other process does
@@ -68,7 +68,7 @@ class Pump:
         pulse.start()
         try:
             while self._obey():
-                self._step()
+                self._work()
         finally:
             ended.set()
             pulse.join()
@@ -78,7 +78,7 @@ class Pump:
 
     def status(self) -> dict[str, Any]:
         """How the engine is. Any thread may ask. since: seconds since the last step has finished; patience: after how
-        many of them it is late; awaited: ranks that have not answered in the step that is under way."""
+        many of them it is late; awaited: ranks that have not answered what they were asked."""
         engine = self._engine
         schedulers = engine.scheduler.schedulers
         caches = [s.cache for s in schedulers]
@@ -87,16 +87,13 @@ class Pump:
             "steps": self._steps,
             "since": time.monotonic() - self._finished,
             "patience": max(PATIENCE, OF_LONGEST * self._longest) + BEAT,
-            "awaited": [engine.ranks.place(rank) for rank in engine.ranks.awaited()]
-            if self._stepping
-            else [],
+            "awaited": [engine.ranks.place(rank) for rank in engine.ranks.awaited()] if self._asking else [],
             "running": sum(len(s.running) for s in schedulers),
             "waiting": sum(len(s.waiting) for s in schedulers),
             "pages": sum(c.pages for c in caches),
             "pages_free": sum(c.free for c in caches),
             "preemptions": engine.scheduler.preemptions,
             "balance": None if balancer is None else balancer.report(),
-            "telemetry": self._snapshot(),
         }
 
     def _beat(self, ended: threading.Event) -> None:
@@ -121,9 +118,7 @@ class Pump:
         """Seconds to sleep at most."""
         if self._engine.busy and not self.failed:
             return 0.0
-        now = time.monotonic()
-        due = now + PULSE if self.failed else self._finished + BEAT
-        return max(0.0, min(due, self._deadline or due) - now)
+        return max(0.0, min(PULSE, (self._deadline or math.inf) - time.monotonic()))
 
     def _do(self, frame: Frame) -> None:
         match frame["do"]:
@@ -151,26 +146,33 @@ class Pump:
             case "gone":
                 self._gone = True
 
-    def _step(self) -> None:
-        """With rows where there are any. What fails is told, and nothing is computed after it."""
+    def _work(self) -> None:
+        """A step, and what is to be told. What fails is told, and nothing is computed after it."""
         if self.failed:
             return
-        start = time.monotonic()
-        self._stepping = True
+        self._asking = True
         try:
-            if self._engine.busy:
-                advanced = self._engine.advance()
-                if advanced:
-                    self._send(self._writer.write(advanced))
-            else:
-                self._engine.heartbeat()
+            if self._engine.busy or time.monotonic() >= self._finished + BEAT:
+                self._step()
+            if self._telemetry is not None and self._telemetry.due:
+                self._send({"do": "telemetry", "state": self._telemetry.snapshot()})
         except RankFailure as error:  # its message names the cause
             self._fail(str(error))
         except Exception:
             logging.getLogger(__name__).exception("the engine failed")
             self._fail(None)
         finally:
-            self._stepping = False
+            self._asking = False
+
+    def _step(self) -> None:
+        """With rows where there are any."""
+        start = time.monotonic()
+        if self._engine.busy:
+            advanced = self._engine.advance()
+            if advanced:
+                self._send(self._writer.write(advanced))
+        else:
+            self._engine.heartbeat()
         self._finished = time.monotonic()
         self._steps += 1
         self._longest = max(self._longest, self._finished - start)

@@ -79,12 +79,15 @@ class Opened:
 
 
 class Service:
-    """The model that is served, under its names, and who computes. InputError where the checkpoint has no tokenizer."""
+    """The model that is served, under its names, and who computes. observed: sees all outputs go by. InputError where
+    the checkpoint has no tokenizer."""
 
-    def __init__(self, intake: Intake, worker: Worker, names: Sequence[str]) -> None:
+    def __init__(
+        self, intake: Intake, worker: Worker, names: Sequence[str], observed: Callable[[Outputs], Outputs]
+    ) -> None:
         if intake.tokenizer is None:
             raise InputError(f"{intake.folder}: has no tokenizer.json, so it cannot be served")
-        self.intake, self.worker, self.names = intake, worker, names
+        self.intake, self.worker, self.names, self._observed = intake, worker, names, observed
         self.tokenizer = intake.tokenizer
         self.template = ChatTemplate(self.tokenizer)
         self.created = int(time.time())
@@ -121,7 +124,7 @@ class Service:
         self.check_model(model)
         call = await asyncio.to_thread(prepare)
         self.worker.check(len(call.jobs))  # while an error can still have its status
-        outputs = self.worker.generate(call.jobs)
+        outputs = self._observed(self.worker.generate(call.jobs))
         try:
             if not stream:
                 return JsonAnswer(call.answer.whole(await unless_gone(request, _collect(outputs))))

@@ -13,7 +13,7 @@ SILENT = 10.0  # seconds after which something is wrong with a process that says
 @dataclass
 class EngineState:
     """failure: message and time, and rank, node, card and host where one has failed. about: what was worked out for
-    this engine, by name. status: see `pump.Pump.status`; telemetry is in it."""
+    this engine, by name. status: see `pump.Pump.status`."""
 
     done: int = 0
     total: int = 0
@@ -38,8 +38,6 @@ class EngineState:
                 self.status, self.ready = frame["status"], True
             case "state":
                 self.status = frame["status"]
-            case "failed":
-                self.fail(frame["message"], **frame["place"])
 
     def fail(self, message: str, **place: Any) -> None:
         """Nothing can be computed any more; the first cause counts."""

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from expertmesh.engine.text import OutputText
 from expertmesh.engine.tokenizer import Tokenizer
@@ -53,6 +53,20 @@ class _Call:
         self.wake.set()
 
 
+class Watcher(Protocol):
+    """Who looks at what the engine tells of itself (`engine.telemetry`)."""
+
+    def publish(self, state: Frame) -> None: ...
+
+    def fail(self, problem: str) -> None:
+        """The engine computes nothing any more."""
+        ...
+
+    def close(self) -> None:
+        """The server is stopping."""
+        ...
+
+
 class Worker:
     """Runs jobs in the engine at the other end of a line. Everything here happens on one event loop.
 
@@ -77,6 +91,7 @@ class Worker:
         self.idle = asyncio.Event()
         self.idle.set()
         self.state = EngineState()
+        self.watcher: Watcher | None = None
 
     @property
     def problem(self) -> str | None:
@@ -165,10 +180,24 @@ class Worker:
             case "refuse":
                 if frame["key"] in self._running:
                     self._running[frame["key"]][1].end(InputError(frame["message"]))
+            case "telemetry":
+                if self.watcher is not None and self.state.failure is None:
+                    self.watcher.publish(frame["state"])
+            case "failed":
+                self.fail(frame["message"], **frame["place"])
+            case "drain":
+                self.state.draining = True
+                if self.watcher is not None:
+                    self.watcher.close()  # pages that look on would not go by themselves
             case _:
                 self.state.hear(frame)
-                if self.state.failure is not None:
-                    self.end_all(EngineStopped(self.state.failure["message"]))
+
+    def fail(self, message: str, **place: Any) -> None:
+        """The engine computes nothing any more; place: rank, node, card and host where one has failed."""
+        self.state.fail(message, **place)
+        self.end_all(EngineStopped(message))
+        if self.watcher is not None:
+            self.watcher.fail(message)
 
     def end_all(self, problem: Exception) -> None:
         """End all calls with this."""

@@ -12,9 +12,10 @@ from expertmesh.planner.arrivals import Arrival, poisson
 from expertmesh.planner.cards import card
 from expertmesh.planner.costs import accepted_tokens, decode_step
 from expertmesh.planner.deployment import Decode, Deployment
-from expertmesh.planner.memory import RESERVED, cache_bytes, room
+from expertmesh.planner.memory import DECODING_ROWS, RESERVED, cache_bytes, room
 from expertmesh.planner.models import model
 from expertmesh.planner.serving import ADMISSION, Service, Workload, prefill_time, serve
+from expertmesh.planner.serving import chunk as full_chunk
 from expertmesh.planner.simulate import Percentiles, Report, pages_of, simulate
 
 SMALL = Deployment(model("deepseek-v2-lite"), card("h200"), Topology(1, 1, 1))
@@ -67,8 +68,9 @@ def test_no_pages_beyond_those_there_are(length: int, output: int, requests: int
 
 
 def with_room(tokens: int) -> Deployment:
-    """On a card that has room for so many tokens beside the weights."""
-    wanted = tokens * cache_bytes(SMALL) - room(SMALL)
+    """On a card that has room for so many tokens beside the weights and the largest step of prefill."""
+    rows = full_chunk(SMALL) / SMALL.topology.tp
+    wanted = tokens * cache_bytes(SMALL) - room(SMALL, max(rows, DECODING_ROWS))
     memory = SMALL.card.memory_gb + wanted / 1e9 / (1 - RESERVED)
     return replace(SMALL, card=replace(SMALL.card, memory_gb=memory + 1e-9))
 
@@ -185,5 +187,5 @@ def test_a_service_must_have_room_and_requests() -> None:
     with pytest.raises(InputError, match="no requests"):
         simulate(SERVICES["one"], [])
     large = Deployment(GROUPS.model, GROUPS.card, Topology(1, 8, 8), weight_precision="int8")
-    with pytest.raises(InputError, match="weights leave"):
+    with pytest.raises(InputError, match="the weights and the rows of a step leave"):
         simulate(Service(large), [Arrival(0.0, 10, 10)])

@@ -22,6 +22,7 @@ from fastapi import FastAPI
 from expertmesh import LLM
 from expertmesh.config import ModelConfig
 from expertmesh.engine.intake import Intake
+from expertmesh.engine.telemetry import Telemetry
 from expertmesh.launch.channel import Channel
 from expertmesh.llm import demo_model
 from expertmesh.server.app import create_app
@@ -133,7 +134,7 @@ def serving(llm: LLM, **settings: Any) -> Iterator[str]:
     listener = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     given = Settings(**{"folder": str(llm.folder), "names": (NAME,), "grace": 10.0} | settings)
-    pump = Pump(llm.engine, lambda frame: line.send(frame), given.grace, given.linger)
+    pump = Pump(llm.engine, lambda frame: line.send(frame), given.grace, given.linger, Telemetry(llm.engine))
     line = Line(Channel(near), pump.put)
     front = Front(given, far, listener)
     threads = [

@@ -78,8 +78,10 @@ def test_keys(headers: dict[str, str], method: str, status: int) -> None:
 
 def test_a_browser_is_asked_for_a_key_where_it_looks_at_something() -> None:
     app = entrance(("one",))
-    assert ask(app, "GET", "/dashboard").headers["WWW-Authenticate"].startswith("Basic")
-    assert ask(app, "GET", "/metrics").status_code == 401
+    for path in ("/dashboard", "/dashboard/main.js"):
+        assert ask(app, "GET", path).status_code == 200, "the page asks for a key itself"
+    assert ask(app, "GET", "/dashboard/events").headers["WWW-Authenticate"].startswith("Bearer")
+    assert ask(app, "GET", "/metrics").headers["WWW-Authenticate"].startswith("Basic")
     assert ask(app, "GET", "/metrics", headers={"Authorization": basic("one")}).status_code == 200
 
 

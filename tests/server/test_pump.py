@@ -159,13 +159,14 @@ def test_an_idle_engine_shows_now_and_then_that_its_ranks_are_there(monkeypatch:
     monkeypatch.setattr(module, "BEAT", 0.01)
     monkeypatch.setattr(module, "PULSE", 0.01)
     engine = Counting()
-    running = Running(engine, snapshot=lambda: {"rows": 5})
+    telemetry = SimpleNamespace(due=True, snapshot=lambda: {"rows": 5})
+    running = Running(engine, telemetry=telemetry)
     running.wait(lambda: engine.calls.count("beat") > 2 and len(running.of("state")) > 2)
     engine.gate.clear()
     running.wait(lambda: running.of("state")[-1]["status"]["awaited"] == [{"rank": 1}])
     before = running.of("state")[-1]["status"]
     running.wait(lambda: running.of("state")[-1]["status"]["since"] > before["since"] + 0.05)
-    assert before["telemetry"] == {"rows": 5} and before["steps"] >= 2
+    assert running.of("telemetry")[0]["state"] == {"rows": 5} and before["steps"] >= 2
     assert before["patience"] > module.PATIENCE
     engine.gate.set()
     running.end()

@@ -180,6 +180,17 @@ def test_sigterm_under_load(serve: Callable[..., Served], folder: Path) -> None:
     assert server.ends() == 0
 
 
+def test_a_page_that_looks_on_does_not_hold_up_the_end(serve: Callable[..., Served]) -> None:
+    server = serve("--grace", "600")
+    server.ready()
+    with httpx.stream("GET", f"{server.url}/dashboard/events", timeout=60) as answer:
+        lines = answer.iter_lines()
+        assert next(lines) == "event: hello"
+        server.process.send_signal(signal.SIGTERM)
+        assert [*lines][-1] == ""
+    assert server.ends() == 0
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_second_signal_ends_it_at_once(
     serve: Callable[..., Served], number: signal.Signals, code: int

@@ -76,7 +76,7 @@ def test_a_process_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_first_failure_counts() -> None:
     state = ready()
-    state.hear({"do": "failed", "message": "it died", "place": PLACE})
+    state.fail("it died", **PLACE)
     state.fail("the process has ended")
     for status, said in (state.health(), state.readiness()):
         assert (status, said["status"], said["error"]["message"]) == (503, "failed", "it died")
