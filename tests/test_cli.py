@@ -397,8 +397,8 @@ def test_serve_loads_and_listens_where_it_is_told(
     class Told:
         failed = False
 
-        def __init__(self, engine: Any, send: Any, *times: float) -> None:
-            seen.append(times)
+        def __init__(self, engine: Any, send: Any, grace: float, linger: float, telemetry: Any) -> None:
+            seen.append((grace, linger))
 
         def put(self, frame: Any) -> None:
             assert frame["do"] in ("open", "gone"), frame

@@ -24,8 +24,8 @@ class Entrance:
 
     /live says that this process is there, /ready whether requests are taken, /health whether the engine computes;
     nobody needs a key for these, nor for the dashboard's files. keys: digests (`settings.digests`); where there are
-    any, everything else takes one, as `Authorization: Bearer` or `x-api-key`, and to look at something in a browser as the
-    password of Basic.
+    any, everything else takes one, as `Authorization: Bearer` or `x-api-key`, and to look at something in a browser as
+    the password of Basic.
     """
 
     def __init__(self, worker: Worker, keys: Sequence[bytes] = (), max_body: int = 16 << 20) -> None:
