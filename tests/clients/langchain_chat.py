@@ -21,7 +21,7 @@ class TestServed(ChatModelIntegrationTests):
             "model": "gpt-4o",
             "base_url": os.environ["TEST_API_BASE_URL"],
             "api_key": "none",
-            "max_tokens": 64,
+            "max_tokens": 400,
             "temperature": 0,
             "stream_usage": True,
         }
