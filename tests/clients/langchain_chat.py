@@ -21,8 +21,9 @@ class TestServed(ChatModelIntegrationTests):
             "model": "gpt-4o",
             "base_url": os.environ["TEST_API_BASE_URL"],
             "api_key": "none",
-            "max_tokens": 400,
-            "temperature": 0,
+            "max_tokens": 160,
+            "temperature": 1.0,
+            "seed": 1,
             "stream_usage": True,
         }
 
