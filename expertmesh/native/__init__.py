@@ -6,6 +6,7 @@ what it was made of, so that a changed source makes another one.
 """
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import logging
@@ -14,7 +15,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,10 @@ def _load(name: str, flags: tuple[str, ...]) -> ctypes.CDLL:
         raise NotBuilt(f"no C++ compiler is installed; {ADVICE}")
     for folder in folders:
         if _writable(folder):
-            return ctypes.CDLL(str(_build(compiler, source, flags, folder / stem)))
+            with _alone(folder):
+                if not (folder / stem).exists():
+                    _build(compiler, source, flags, folder / stem)
+            return ctypes.CDLL(str(folder / stem))
     raise NotBuilt(f"there is nowhere to write to: {', '.join(map(str, folders))}")
 
 
@@ -89,8 +94,17 @@ def _writable(folder: Path) -> bool:
     return os.access(folder, os.W_OK)
 
 
-def _build(compiler: str, source: Path, flags: tuple[str, ...], target: Path) -> Path:
-    """Under another name first: several processes may build at the same time, and none may load half a file.
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time builds, and the others wait and find it built: on a new machine all ranks ask at once."""
+    with (folder / "building").open("w") as file:
+        with suppress(OSError):  # a file system without locks: then each builds for itself
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _build(compiler: str, source: Path, flags: tuple[str, ...], target: Path) -> None:
+    """Under another name first: no process may load half a file.
 
     In two steps: linked without the flags, a library that was compiled for OpenMP brings no runtime of its own but
     takes that of the process, which is torch's. Two teams of threads that spin beside each other cost a factor of ten.
@@ -107,7 +121,6 @@ def _build(compiler: str, source: Path, flags: tuple[str, ...], target: Path) ->
                 said = next((line for line in lines if "error" in line), lines[0])
                 raise NotBuilt(f"{compiler} fails on {source.name}: {said}; {ADVICE}")
         os.replace(made, target)
-    return target
 
 
 def pointer(array: NDArray[Any]) -> ctypes.c_void_p:
