@@ -237,6 +237,7 @@ class Request:
     preemptions: int = 0
     cached_tokens: int = 0
     known: int = 0  # tokens of its beginning that were in the cache when it was queued
+    queued: float = 0.0  # seconds that it waited for its first row
 
     @property
     def output_length(self) -> int:
@@ -315,7 +316,8 @@ class Output:
     """What has come of a request: all of it so far, and what this step added.
 
     text holds no part of a stop text; token_ids are all generated ids, a stop token included. logprobs: for each
-    generated token {token id: log-probability}, most likely first, the chosen one among them.
+    generated token {token id: log-probability}, most likely first, the chosen one among them. queued: seconds that it
+    waited in the engine for its first row.
     """
 
     request_id: str
@@ -328,6 +330,7 @@ class Output:
     prompt_logprobs: Sequence[dict[int, float] | None] | None = None
     cached_tokens: int = 0
     delta: str = ""
+    queued: float = 0.0
 
     @property
     def finished(self) -> bool:

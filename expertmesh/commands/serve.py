@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from expertmesh.commands.arguments import add_model
 from expertmesh.config import demo_model, name_of_model
@@ -16,6 +17,9 @@ from expertmesh.server.run import FrontEnded, Server, check_tls, listen, url_of
 from expertmesh.server.settings import Settings, digests
 
 KEY = "EXPERTMESH_API_KEY"
+# OpenTelemetry's variables: where spans go, those for traces alone first.
+ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -128,6 +132,7 @@ def settings_of(args: argparse.Namespace, environment: Mapping[str, str]) -> Set
         request_timeout=args.request_timeout,
         grace=args.grace,
         linger=args.linger,
+        traces=traces_of(environment),
     )
 
 
@@ -149,6 +154,36 @@ def keys_of(args: argparse.Namespace, environment: Mapping[str, str]) -> list[st
     if any(not key or not key.isascii() or not key.isprintable() or " " in key for key in keys):
         raise InputError("an API key must be of printable ASCII characters without spaces, and not empty")
     return keys
+
+
+def traces_of(environment: Mapping[str, str]) -> str | None:
+    """URL of the collector that OpenTelemetry's variables name; None where they name none, or turn it off. InputError
+    where it cannot be spoken to."""
+    name = next((name for name in ENDPOINTS if environment.get(name)), None)
+    disabled = environment.get("OTEL_SDK_DISABLED", "").lower() == "true"
+    if name is None or disabled or environment.get("OTEL_TRACES_EXPORTER", "otlp") not in ("", "otlp"):
+        return None
+    protocol = next((environment[name] for name in PROTOCOLS if environment.get(name)), "http/protobuf")
+    if protocol != "http/protobuf":
+        raise InputError(
+            f"traces are sent by http/protobuf, not {protocol}: set {PROTOCOLS[0]}=http/protobuf, and {ENDPOINTS[0]} "
+            "to the collector's address for that, which is port 4318 by custom"
+        )
+    try:
+        parts = urlsplit(environment[name])
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good:
+        raise InputError(f"{name} must be a URL such as http://localhost:4318, not {environment[name]!r}")
+    try:
+        import expertmesh.server.tracing  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"{name} asks for traces, which need packages of OpenTelemetry: pip install 'expertmesh[otel]', or unset "
+            f"it ({error})"
+        ) from None
+    return environment[name] if name == ENDPOINTS[0] else environment[name].rstrip("/") + "/v1/traces"
 
 
 def is_local(host: str) -> bool:

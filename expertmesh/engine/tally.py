@@ -88,7 +88,8 @@ class Tally:
         for request in (part.request for batch in batches for part in batch.slices):
             if request.id in self._queue:
                 self._queue.remove(request.id)
-                self.queued.observe(now - self.since[request.id])
+                request.queued = now - self.since[request.id]
+                self.queued.observe(request.queued)
                 self.prompt_tokens += request.prompt_length
                 self.cached_tokens += request.cached_tokens
 

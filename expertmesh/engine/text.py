@@ -89,6 +89,7 @@ class Outputs:
             logprobs=list(request.logprobs) if params.logprobs is not None else None,
             prompt_logprobs=list(request.prompt_logprobs) if params.prompt_logprobs is not None else None,
             cached_tokens=request.cached_tokens,
+            queued=request.queued,
             delta=text.text[before:],
         )
         if output.finished:

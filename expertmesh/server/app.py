@@ -13,18 +13,21 @@ from expertmesh.server.documents import describe
 from expertmesh.server.errors import add_handlers
 from expertmesh.server.metrics import CONTENT_TYPE, Metrics
 from expertmesh.server.openai import routes as openai_routes
-from expertmesh.server.service import Service
+from expertmesh.server.service import Observer, Service
 from expertmesh.server.states import States
 from expertmesh.server.worker import Worker
 
 
-def create_app(intake: Intake, worker: Worker, names: Sequence[str]) -> FastAPI:
+def create_app(
+    intake: Intake, worker: Worker, names: Sequence[str], observers: Sequence[Observer] = ()
+) -> FastAPI:
     """OpenAI's and Anthropic's API for one model. worker: who computes. names: what clients may call the model, the
-    first being what it calls itself. InputError where the checkpoint has no tokenizer.
+    first being what it calls itself. observers: see outputs go by, beside the metrics. InputError where the checkpoint
+    has no tokenizer.
     """
     metrics = Metrics()
     worker.watcher = states = States(metrics.recent)
-    service = Service(intake, worker, names, metrics.observed)
+    service = Service(intake, worker, names, [lambda _, outputs: metrics.observed(outputs), *observers])
     # Its pages of documentation would be loaded from elsewhere.
     app = FastAPI(title="ExpertMesh", docs_url=None, redoc_url=None)
     app.include_router(openai_routes.router(service))

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from expertmesh.server.errors import ApiError
+from expertmesh.server.errors import ApiError, is_anthropic
+from expertmesh.server.identity import ANTHROPIC_HEADER, HEADER, request_id, telling
 from expertmesh.server.state import EngineState
 from expertmesh.server.worker import EngineStopped, Worker
 
@@ -25,7 +26,8 @@ class Entrance:
     /live says that this process is there, /ready whether requests are taken, /health whether the engine computes;
     nobody needs a key for these, nor for the dashboard's files. keys: digests (`settings.digests`); where there are
     any, everything else takes one, as `Authorization: Bearer` or `x-api-key`, and to look at something in a browser as
-    the password of Basic.
+    the password of Basic. Every answer tells the request's id in x-request-id, and in request-id where Anthropic's
+    clients look for it; the log tells it of a request that fails.
     """
 
     def __init__(self, worker: Worker, keys: Sequence[bytes] = (), max_body: int = 16 << 20) -> None:
@@ -39,6 +41,15 @@ class Entrance:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
+        name, path = request_id(scope), scope["path"]
+        headers = (HEADER, ANTHROPIC_HEADER) if is_anthropic(path) else (HEADER,)
+        try:
+            await self._answer(scope, receive, telling(send, name, *headers))
+        except Exception as error:
+            error.add_note(f"request {name}: {scope['method']} {path!r}")  # the log of it shows that
+            raise
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             if scope["path"] in OPEN:
                 await self._probe(scope)(scope, receive, send)
@@ -50,7 +61,8 @@ class Entrance:
             assert self.api is not None  # where requests are taken it is there
             body = await self._body(scope, receive)
         except (ApiError, EngineStopped) as error:
-            await ApiError.of(error).response(scope["path"])(scope, receive, send)
+            answer = ApiError.of(error).about(scope).response(scope["path"])
+            await answer(scope, receive, send)
             return
         if body is not None:
             await self.api(scope, _begins_with(body, receive), send)

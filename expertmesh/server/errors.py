@@ -1,16 +1,17 @@
 """What a client is told when a call cannot be answered, in the form of the API whose path was asked."""
 
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from expertmesh.errors import InputError
 from expertmesh.request import SamplingParams
 from expertmesh.server.events import JsonAnswer
+from expertmesh.server.identity import new_id, request_id
 from expertmesh.server.worker import EngineStopped
 
 ANTHROPIC_PATH = "/v1/messages"
@@ -41,6 +42,7 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status, self.param, self.code, self.headers = status, param, code, headers
+        self.request_id = new_id()
 
     @classmethod
     def of(cls, error: Exception) -> "ApiError":
@@ -55,6 +57,11 @@ class ApiError(Exception):
             return cls(error.status, str(error), code=error.code, headers=error.headers)
         return cls(500, "internal error; the server's log says more")
 
+    def about(self, scope: Scope) -> "ApiError":
+        """The same, of the request with this scope."""
+        self.request_id = request_id(scope)
+        return self
+
     def openai(self) -> dict[str, Any]:
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         told = {"message": str(self), "type": _OPENAI_TYPES.get(self.status, kind)}
@@ -63,13 +70,17 @@ class ApiError(Exception):
     def anthropic(self) -> dict[str, Any]:
         kind = "api_error" if self.status >= 500 else "invalid_request_error"
         error = {"type": _ANTHROPIC_TYPES.get(self.status, kind), "message": str(self)}
-        return {"type": "error", "error": error, "request_id": f"req_{uuid.uuid4().hex}"}
+        return {"type": "error", "error": error, "request_id": self.request_id}
 
     def response(self, path: str) -> Response:
         """For a request of this path."""
-        inside = path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/")
-        headers = dict(self.headers or {})
-        return JsonAnswer(self.anthropic() if inside else self.openai(), self.status, headers)
+        told = self.anthropic() if is_anthropic(path) else self.openai()
+        return JsonAnswer(told, self.status, dict(self.headers or {}))
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether it belongs to Anthropic's API."""
+    return path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/")
 
 
 def param_of(error: InputError) -> str | None:
@@ -86,8 +97,8 @@ def add_handlers(app: FastAPI) -> None:
         path = request.url.path
         if isinstance(error, HTTPException):  # an unknown path, or a known one with another method
             message = f"{error.detail}: {request.method} {path}"
-            return ApiError(error.status_code, message, headers=error.headers).response(path)
-        return ApiError.of(error).response(path)
+            error = ApiError(error.status_code, message, headers=error.headers)
+        return ApiError.of(error).about(request.scope).response(path)
 
     for kind in (ApiError, InputError, EngineStopped, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)

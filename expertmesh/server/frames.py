@@ -10,7 +10,7 @@ From the engine:
     loading done, total: bytes of the weights
     ready   capacity: choices that can run at the same time; max_context; about: what was worked out, by name
     tokens  new: key -> [tokens, logprobs, prompt_logprobs, cached tokens, finish reason], of each request in a step
-            only what is new
+            only what is new; waited: key -> seconds in the queue, of those that are in such a frame for the first time
     refuse  key, message: a request that cannot run after all
     state   status: how the engine is (`pump.Pump.status`), about twice a second
     telemetry state: what it tells of itself (`engine.telemetry`), between two steps, about as often
@@ -40,7 +40,9 @@ class TokenWriter:
         self._told: dict[str, int] = {}  # tokens of each request that the other side knows
 
     def write(self, requests: Iterable[Request]) -> Frame:
-        return {"do": "tokens", "new": {request.id: self._news(request) for request in requests}}
+        requests = list(requests)
+        waited = {request.id: request.queued for request in requests if request.id not in self._told}
+        return {"do": "tokens", "new": {r.id: self._news(r) for r in requests}, "waited": waited}
 
     def _news(self, request: Request) -> list[Any]:
         first = request.id not in self._told

@@ -17,6 +17,7 @@ from pathlib import Path
 import msgpack
 import uvicorn
 import uvloop
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from expertmesh.config import ModelConfig
@@ -26,6 +27,7 @@ from expertmesh.launch.channel import HEADER, Channel
 from expertmesh.server.app import create_app
 from expertmesh.server.entrance import Entrance
 from expertmesh.server.frames import Frame
+from expertmesh.server.service import Observer
 from expertmesh.server.settings import Settings
 from expertmesh.server.worker import EngineStopped, Worker
 
@@ -42,11 +44,32 @@ class Front:
         self._settings, self._connection, self._listener = settings, connection, listener
         self._worker = Worker(self._send, None, settings.request_timeout, settings.max_queue)
         self._entrance = Entrance(self._worker, settings.keys, settings.max_body)
+        self._app: ASGIApp = self._entrance
+        self._observers: list[Observer] = []
 
     async def run(self) -> None:
         """Until there is nobody to serve for."""
         self._reader, self._writer = await asyncio.open_unix_connection(sock=self._connection)
-        server = _server(self._entrance, self._settings)
+        with contextlib.ExitStack() as ending:
+            if self._settings.traces is not None:
+                self._trace(self._settings.traces, ending)
+            await self._serve()
+
+    def _trace(self, url: str, ending: contextlib.ExitStack) -> None:
+        """From now on requests are traced; ending is when the last of it is sent."""
+        from expertmesh.server.tracing import Tracing  # which is an extra
+
+        try:
+            tracing = Tracing.to(url)
+        except InputError as error:
+            self._refuse(error)
+            return
+        ending.callback(tracing.close)
+        self._app = tracing.around(self._entrance)
+        self._observers.append(tracing.observed)
+
+    async def _serve(self) -> None:
+        server = _server(self._app, self._settings)
         serving = asyncio.create_task(server.serve(sockets=[self._listener]))
         intake = asyncio.create_task(asyncio.to_thread(self._intake))
         listening = asyncio.create_task(self._listen(intake))
@@ -105,7 +128,7 @@ class Front:
         self._worker.hear(ready)
         self._worker.tokenizer = intake.tokenizer
         limited = intake.limited(self._worker.state.max_context)
-        self._entrance.api = create_app(limited, self._worker, self._settings.names)
+        self._entrance.api = create_app(limited, self._worker, self._settings.names, self._observers)
         self._send({"do": "open"})
 
     async def _drain(self, grace: float) -> None:
@@ -173,7 +196,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _server(app: Entrance, settings: Settings) -> uvicorn.Server:
+def _server(app: ASGIApp, settings: Settings) -> uvicorn.Server:
     config = uvicorn.Config(
         app,
         http=_Protocol,

@@ -62,6 +62,7 @@ class Growing:
     logprobs: list[dict[int, float]] = field(default_factory=list)
     prompt_logprobs: list[dict[int, float] | None] | None = None
     cached: int = 0
+    queued: float = 0.0
     reason: FinishReason | None = None
     changed: bool = False
     _told: int = 0  # characters
@@ -93,4 +94,5 @@ class Growing:
             prompt_logprobs=self.prompt_logprobs,
             cached_tokens=self.cached,
             delta=self.text.text[before:],
+            queued=self.queued,
         )

@@ -59,6 +59,20 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What a call was made of. model: the name that the client uses; stream: whether the answer comes in events."""
+
+    request: Request
+    model: str
+    stream: bool
+    jobs: Sequence[Job]
+
+
+# Sees the outputs of a call go by: it returns the same ones.
+Observer: TypeAlias = Callable[[Asked, Outputs], Outputs]
+
+
+@dataclass(frozen=True)
 class Opened:
     """A turn whose prompt is made. thinking: whether the answer begins with reasoning; None where there is none."""
 
@@ -79,15 +93,15 @@ class Opened:
 
 
 class Service:
-    """The model that is served, under its names, and who computes. observed: sees all outputs go by. InputError where
+    """The model that is served, under its names, and who computes. observers: see all outputs go by. InputError where
     the checkpoint has no tokenizer."""
 
     def __init__(
-        self, intake: Intake, worker: Worker, names: Sequence[str], observed: Callable[[Outputs], Outputs]
+        self, intake: Intake, worker: Worker, names: Sequence[str], observers: Sequence[Observer]
     ) -> None:
         if intake.tokenizer is None:
             raise InputError(f"{intake.folder}: has no tokenizer.json, so it cannot be served")
-        self.intake, self.worker, self.names, self._observed = intake, worker, names, observed
+        self.intake, self.worker, self.names, self._observers = intake, worker, names, observers
         self.tokenizer = intake.tokenizer
         self.template = ChatTemplate(self.tokenizer)
         self.created = int(time.time())
@@ -124,7 +138,9 @@ class Service:
         self.check_model(model)
         call = await asyncio.to_thread(prepare)
         self.worker.check(len(call.jobs))  # while an error can still have its status
-        outputs = self._observed(self.worker.generate(call.jobs))
+        outputs, asked = self.worker.generate(call.jobs), Asked(request, model, bool(stream), call.jobs)
+        for observer in self._observers:
+            outputs = observer(asked, outputs)
         try:
             if not stream:
                 return JsonAnswer(call.answer.whole(await unless_gone(request, _collect(outputs))))
@@ -132,9 +148,9 @@ class Service:
                 outputs = await unless_gone(request, _begun(outputs))
         except ClientDisconnect:
             return Response(status_code=499)  # nobody reads it
-        return EventStream(self._events(call.answer, outputs))
+        return EventStream(self._events(request, call.answer, outputs))
 
-    async def _events(self, answer: Answer, outputs: Outputs) -> AsyncGenerator[bytes]:
+    async def _events(self, request: Request, answer: Answer, outputs: Outputs) -> AsyncGenerator[bytes]:
         for data in answer.opening():
             yield event(data, answer.named)
         try:
@@ -143,7 +159,7 @@ class Service:
                     for data in answer.more(number, output):
                         yield event(data, answer.named)
         except (EngineStopped, InputError) as error:
-            for data in answer.failing(ApiError.of(error)):
+            for data in answer.failing(ApiError.of(error).about(request.scope)):
                 yield event(data, answer.named)
             return
         for data in answer.closing():

@@ -14,7 +14,7 @@ class Settings:
     max_queue: choices that may wait while as many run as can; None: worked out from that. max_body: bytes of a
     request's body. request_timeout: seconds that a request may take in all, None for any time. grace: seconds in which
     answers have to end when the server is told to stop. linger: seconds for which a server whose engine has failed
-    stays to say so, before it ends.
+    stays to say so, before it ends. traces: URL of a collector that is told of requests (`tracing`), None for nobody.
     """
 
     folder: str
@@ -27,6 +27,7 @@ class Settings:
     request_timeout: float | None = None
     grace: float = 30.0
     linger: float = 60.0
+    traces: str | None = None
 
     def plain(self) -> dict[str, Any]:
         return asdict(self)

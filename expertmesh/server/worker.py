@@ -174,9 +174,12 @@ class Worker:
         """What the engine says."""
         match frame["do"]:
             case "tokens":
+                waited = frame.get("waited", {})
                 for key, news in frame["new"].items():
                     if key in self._running:  # else nobody waits any more, and the engine has been told
-                        self._grow(*self._running[key], news)
+                        growing, call = self._running[key]
+                        growing.queued = waited.get(key, growing.queued)
+                        self._grow(growing, call, news)
             case "refuse":
                 if frame["key"] in self._running:
                     self._running[frame["key"]][1].end(InputError(frame["message"]))

@@ -29,6 +29,9 @@ def test_requests_and_tokens_are_counted(tiny_folder: str) -> None:
     assert tally.generated_tokens == sum(len(o.token_ids) for o in outputs) == 18
     assert tally.rows == 15 + 18 - 3  # nobody computes its last token
     assert sum(tally.queued.counts) == 3 and not tally.since
+    assert tally.queued.sum == pytest.approx(sum(o.queued for o in outputs)) and all(
+        o.queued > 0 for o in outputs
+    )
     again = llm.generate([list(range(2, 12))], GREEDY)
     assert tally.cached_tokens == again[0].cached_tokens == 8
 

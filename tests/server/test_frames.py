@@ -83,6 +83,14 @@ def test_only_what_is_new_is_sent() -> None:
     assert writer._told == {}
 
 
+def test_the_wait_in_the_queue_is_told_once() -> None:
+    writer = TokenWriter()
+    one, other = (Request(key, [7, 1], 1, SamplingParams(), seed=0, queued=0.5) for key in "ab")
+    assert writer.write([one])["waited"] == {"a": 0.5}
+    frame = sent(writer.write([one, other]))
+    assert frame["waited"] == {"b": 0.5} and frame["new"].keys() == {"a", "b"}
+
+
 def test_a_request_without_an_output() -> None:
     request = Request("k", [7], 1, SamplingParams(max_tokens=0), seed=0, finish_reason="length")
     assert TokenWriter().write([request])["new"] == {"k": [[], None, None, 0, "length"]}

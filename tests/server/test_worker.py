@@ -96,6 +96,23 @@ def test_jobs_of_many_calls_end_with_their_own_outputs() -> None:
     assert engine.told == [] and engine.worker.open == 0 and engine.worker.idle.is_set()
 
 
+def test_the_wait_in_the_engine_is_part_of_every_output_after_it_was_told() -> None:
+    async def main() -> list[float]:
+        engine = Counting()
+        engine.ready()
+        seen: list[float] = []
+        async with aclosing(engine.worker.generate([_job(9)])) as outputs:
+            for waited in ({"0": 1.5}, {}):
+                news = {"0": [[1], None, None, 0, None]}
+                asyncio.get_running_loop().call_soon(
+                    engine.worker.hear, {"do": "tokens", "new": news, "waited": waited}
+                )
+                seen.append((await anext(outputs))[1].queued)
+        return seen
+
+    assert asyncio.run(main()) == [1.5, 1.5]
+
+
 def test_a_slow_reader_gets_larger_pieces_not_a_queue_and_what_it_has_stays_as_it_is() -> None:
     async def work(engine: Counting) -> list[Output]:
         seen = []

@@ -134,6 +134,11 @@ class InputTokens(TypedDict):
     cache_write_tokens: int
 
 
+class InputTokenCount(TypedDict):
+    object: Literal["response.input_tokens"]
+    input_tokens: int
+
+
 class ResponseUsage(TypedDict):
     input_tokens: int
     input_tokens_details: InputTokens

@@ -1,4 +1,4 @@
-"""Body of POST /v1/responses: input items to messages, flat tools and formats."""
+"""Bodies of POST /v1/responses and /v1/responses/input_tokens: input items to messages, flat tools and formats."""
 
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
@@ -98,36 +98,21 @@ class Reasoning(Body):
     summary: Literal["auto", "concise", "detailed"] | None = None
 
 
-class ResponseRequest(Body):
-    """There is no state: nothing is stored, and what refers to something stored is refused."""
+class Asking(Body):
+    """What prompts are made of. There is no state: nothing is stored, and what refers to it is refused."""
 
-    unsupported: ClassVar[tuple[str, ...]] = (
-        *("previous_response_id", "conversation", "prompt", "background"),
-        "top_logprobs",
-    )
+    unsupported: ClassVar[tuple[str, ...]] = ("previous_response_id", "conversation", "prompt")
 
-    model: str
     input: Text | Annotated[list[Item], Field(min_length=1)]
     instructions: Text | None = None
-    max_output_tokens: Annotated[Integer, Field(ge=1)] | None = None
-    metadata: dict[str, str] | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
-    store: bool | None = None
-    stream: bool | None = None
-    temperature: float | None = None
     text: TextOptions | None = None
     tool_choice: Choice | Annotated[FlatNamedTool | FlatAllowedTools, Field(discriminator="type")] | None = (
         None
     )
     tools: list[FlatTool] | None = None
-    top_p: float | None = None
     truncation: Literal["auto", "disabled"] | None = None
-    user: str | None = None
-
-    def sampling(self) -> dict[str, Any]:
-        given = {"max_tokens": self.max_output_tokens, "temperature": self.temperature, "top_p": self.top_p}
-        return {key: value for key, value in given.items() if value is not None}
 
     def turn(self) -> Turn:
         tools = [tool.tool() for tool in self.tools or ()]
@@ -170,6 +155,31 @@ class ResponseRequest(Body):
         if not found:
             raise InputError("input has no message that could be answered")
         return found
+
+
+class ResponseRequest(Asking):
+    """Body of POST /v1/responses."""
+
+    unsupported: ClassVar[tuple[str, ...]] = (*Asking.unsupported, "background", "top_logprobs")
+
+    model: str
+    max_output_tokens: Annotated[Integer, Field(ge=1)] | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    stream: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    user: str | None = None
+
+    def sampling(self) -> dict[str, Any]:
+        given = {"max_tokens": self.max_output_tokens, "temperature": self.temperature, "top_p": self.top_p}
+        return {key: value for key, value in given.items() if value is not None}
+
+
+class InputTokensRequest(Asking):
+    """Body of POST /v1/responses/input_tokens."""
+
+    model: str | None = None
 
 
 def _add(messages: list[dict[str, Any]], item: Any) -> None:

@@ -13,7 +13,7 @@ from expertmesh.server.events import JsonAnswer
 from expertmesh.server.openai import documents
 from expertmesh.server.openai.answer import ChatAnswer, CompletionAnswer
 from expertmesh.server.openai.responses import ResponseAnswer
-from expertmesh.server.openai.responses_schema import ResponseRequest
+from expertmesh.server.openai.responses_schema import InputTokensRequest, ResponseRequest
 from expertmesh.server.openai.schema import ChatRequest, CompletionRequest
 from expertmesh.server.openai.tokens import DetokenizeRequest, TokenizeRequest, tokens_of
 from expertmesh.server.service import Call, Service
@@ -37,6 +37,8 @@ def router(service: Service) -> APIRouter:
         ("/v1/responses", routes.responses, documents.ResponseObject),
     ):
         add(path, endpoint, methods=["POST"], responses=answers(answer, error, 400, 404, stream=True))
+    count = answers(documents.InputTokenCount, error, 400, 404)
+    add("/v1/responses/input_tokens", routes.count, methods=["POST"], responses=count)
     add("/tokenize", routes.tokenize, methods=["POST"], responses=answers(documents.Tokens, error, 400, 404))
     add(
         "/detokenize",
@@ -71,6 +73,12 @@ class _Routes:
     async def responses(self, body: ResponseRequest, request: Request) -> Response:
         """Answer in a conversation, without state: it is told in full each time."""
         return await self._service.respond(request, body.model, body.stream, lambda: self._response(body))
+
+    async def count(self, body: InputTokensRequest) -> Response:
+        """How many tokens the prompt of a response would have."""
+        self._service.check_model(body.model or self._service.names[0])
+        opened = await asyncio.to_thread(lambda: self._service.open(body.turn()))
+        return JsonAnswer({"object": "response.input_tokens", "input_tokens": len(opened.tokens)})
 
     async def tokenize(self, body: TokenizeRequest) -> Response:
         """Token ids of a text or of a conversation."""

@@ -168,6 +168,43 @@ def test_what_is_refused(client: OpenAI, fields: dict[str, Any], param: str) -> 
     assert info.value.param == param
 
 
+@pytest.mark.parametrize("given", ["Is it raining?", [{"role": "user", "content": "Is it\nraining?"}]])
+def test_counting(client: OpenAI, script: ScriptedWorker, given: Any) -> None:
+    fields: dict[str, Any] = {
+        "input": given,
+        "instructions": "Be kind.",
+        "tools": [WEATHER],
+        "reasoning": {"effort": "high"},
+    }
+    answer = respond(client, **fields)
+    counted = client.responses.input_tokens.count(model=NAME, **fields)
+    assert counted.to_dict() == {
+        "object": "response.input_tokens",
+        "input_tokens": len(script.jobs[0].tokens),
+    }
+    assert counted.input_tokens == answer.usage.input_tokens
+    assert client.responses.input_tokens.count(**fields) == counted
+    more = client.responses.input_tokens.count(**fields | {"input": "tale " * 600}).input_tokens
+    assert more > 600 > counted.input_tokens  # also of what would not fit
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({}, "input"),
+        ({"input": []}, "input"),
+        ({"input": "a", "previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"input": "a", "tool_choice": {"type": "function", "name": "x"}}, "tool_choice"),
+    ],
+)
+def test_what_cannot_be_counted(client: OpenAI, fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(openai.BadRequestError) as info:
+        client.responses.input_tokens.count(model=NAME, **fields)
+    assert info.value.param == param
+    with pytest.raises(openai.NotFoundError):
+        client.responses.input_tokens.count(model="other", input="a")
+
+
 def test_an_engine_that_fails_ends_a_stream_with_an_error(client: OpenAI, script: ScriptedWorker) -> None:
     script.text, script.fails = "a b c d", 2
     *seen, error, failed = list(respond(client, stream=True))
