@@ -127,9 +127,10 @@ class Runner:
     def _step_of(
         self, tokens_T: Tensor, positions_T: Tensor, rows: AttentionRows, group: Group, exchange: Exchange
     ) -> Step:
+        interleaved = self.model.config.rope_interleave and not self.model.kernels.de_interleaved
         return Step(
             tokens_T=tokens_T,
-            rotary=Rotary(positions_T, self.cos, self.sin, self.model.config.rope_interleave),
+            rotary=Rotary(positions_T, self.cos, self.sin, interleaved),
             rows=rows,
             cache=self.cache,
             tp=group,

@@ -118,8 +118,9 @@ class Experts(Protocol):
 
 @dataclass(frozen=True)
 class Kernels:
-    """One implementation per op. graph: what records a step's ops and runs them again in one call, where there is
-    such; lacking: why the device's own kernels are not there, where they should be."""
+    """One implementation per op. de_interleaved: weights have the rows of rotary parts in the order of halves
+    (`places.de_interleaved`), whatever the checkpoint has; graph: what records a step's ops and runs them again in one
+    call, where there is such; lacking: why the device's own kernels are not there, where they should be."""
 
     matrix: Matrix
     latent_up: NewLatentUp
@@ -137,6 +138,7 @@ class Kernels:
     router: Router
     experts: Experts
     origin: dict[str, str]
+    de_interleaved: bool = False
     graph: Graph | None = None
     lacking: str = ""
 
@@ -146,21 +148,26 @@ class Kernels:
         return [op for op, origin in self.origin.items() if origin == "reference"]
 
 
-OPS = tuple(f.name for f in fields(Kernels) if f.name not in ("origin", "graph", "lacking"))
+OPS = tuple(f.name for f in fields(Kernels) if f.name not in ("origin", "de_interleaved", "graph", "lacking"))
+
+
+# Kinds of devices whose kernels are in Triton, and the package that compiles for them.
+ACCELERATORS = {"cuda": "triton", "npu": "triton-ascend"}
 
 
 def kernels_for(device_type: str, dtype: str = "float32", strict: bool = False) -> Kernels:
     """The fastest version of every op on this kind of device; strict refuses to run any on its reference, or on library
     kernels where there are some of our own for this type."""
-    graph, lacking = None, ""
-    if device_type == "cpu" and dtype == "bfloat16":
-        try:
-            graph = native()
-        except NotBuilt as error:
-            if strict:
-                raise InputError(f"strict: the CPU's own kernels are not there: {error}") from None
-            lacking = str(error)
-    kernels = replace(kernels_of(graph), lacking=lacking)
+    kernels = kernels_of(None)
+    try:
+        if device_type in ACCELERATORS:
+            kernels = accelerated(device_type)
+        elif device_type == "cpu" and dtype == "bfloat16":
+            kernels = kernels_of(native())
+    except NotBuilt as error:
+        if strict:
+            raise InputError(f"strict: kernels of our own for {device_type} are not there: {error}") from None
+        kernels = replace(kernels, lacking=str(error))
     if strict and kernels.on_reference:
         raise InputError(
             f"strict: these ops have only their reference on {device_type}: {', '.join(kernels.on_reference)}"
@@ -170,18 +177,32 @@ def kernels_for(device_type: str, dtype: str = "float32", strict: bool = False) 
 
 def kernels_of(graph: Cpu | None) -> Kernels:
     """The fastest version of every op, with these kernels of the CPU."""
-    # Slowest first: a later module's version of an op takes the place of an earlier one's.
-    modules: list[tuple[str, Any]] = [("reference", reference), ("eager", eager)]
-    if graph is not None:
-        modules.append((graph.variant.name, graph))
+    own: list[tuple[str, Any]] = [] if graph is None else [(graph.variant.name, graph)]
+    return replace(_fastest(own), graph=graph)
+
+
+def accelerated(device_type: str) -> Kernels:
+    """The fastest version of every op, with kernels in Triton. NotBuilt where Triton is not installed."""
+    try:
+        from expertmesh.kernels.triton import attention, moe
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        package = ACCELERATORS[device_type]
+        raise NotBuilt(f"{package} is not installed; pip install {package}") from None
+    return replace(_fastest([("triton", attention), ("triton", moe)]), de_interleaved=True)
+
+
+def _fastest(own: list[tuple[str, Any]]) -> Kernels:
+    """Slowest first: a later module's version of an op takes the place of an earlier one's."""
     chosen: dict[str, Callable[..., object]] = {}
     origin: dict[str, str] = {}
-    for name, module in modules:
+    for name, module in (("reference", reference), ("eager", eager), *own):
         for op in OPS:
             if hasattr(module, op):
                 chosen[op] = getattr(module, op)
                 origin[op] = name
-    return Kernels(**chosen, origin=origin, graph=graph)  # type: ignore[arg-type]
+    return Kernels(**chosen, origin=origin)  # type: ignore[arg-type]
 
 
 def native() -> Cpu:

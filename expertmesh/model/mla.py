@@ -1,9 +1,12 @@
 """Multi-head latent attention (DeepSeek-V2, section 2.1), heads split over the TP group."""
 
+from typing import Any
+
 from torch import Tensor
 
 from expertmesh.config import ModelConfig
 from expertmesh.kernels import Kernels
+from expertmesh.kernels.places import de_interleaved
 from expertmesh.model.layers import Destinations, New
 from expertmesh.model.step import Step
 from expertmesh.weights import Shard
@@ -46,23 +49,30 @@ class MLA:
         # The bias is added once, by the first rank, before the sum over the group.
         return step.tp.reduce_scatter(k.linear(out, self.o, self.o_bias if self.first_tp_rank else None))
 
+    def _place(self, rows: Any, heads: int = 1) -> Any:
+        """For rows of heads that end with their rotary part, in the order that the kernels want."""
+        if not (self.kernels.de_interleaved and self.config.rope_interleave):
+            return rows
+        return de_interleaved(rows, self.config.qk_rope_head_dim, heads)
+
     def weights(self) -> Destinations:
         q_lora = self.config.q_lora_rank or 0
+        q_b = self._place(self.q_b, self.heads)
         names: Destinations = {
             "input_layernorm.weight": self.norm,
-            "self_attn.kv_a_proj_with_mqa.weight": self.a[q_lora:],
+            "self_attn.kv_a_proj_with_mqa.weight": self._place(self.a[q_lora:]),
             "self_attn.kv_a_layernorm.weight": self.kv_norm,
             "self_attn.kv_b_proj.weight": self.kv_b,
             "self_attn.o_proj.weight": self.o,
         }
         if self.q_norm is None:
-            names["self_attn.q_proj.weight"] = self.q_b
+            names["self_attn.q_proj.weight"] = q_b
         else:
             names["self_attn.q_a_proj.weight"] = self.a[:q_lora]
             names["self_attn.q_a_layernorm.weight"] = self.q_norm
-            names["self_attn.q_b_proj.weight"] = self.q_b
+            names["self_attn.q_b_proj.weight"] = q_b
         if self.a_bias is not None and self.o_bias is not None:
-            names["self_attn.kv_a_proj_with_mqa.bias"] = self.a_bias[q_lora:]
+            names["self_attn.kv_a_proj_with_mqa.bias"] = self._place(self.a_bias[q_lora:])
             names["self_attn.o_proj.bias"] = self.o_bias
             if q_lora:
                 names["self_attn.q_a_proj.bias"] = self.a_bias[:q_lora]
