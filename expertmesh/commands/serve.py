@@ -13,7 +13,7 @@ from expertmesh.config import demo_model, name_of_model
 from expertmesh.config.engine import parse_size
 from expertmesh.errors import InputError
 from expertmesh.launch.interfaces import is_loopback
-from expertmesh.server.run import FrontEnded, Server, check_tls, listen, url_of
+from expertmesh.server.run import FrontEnded, Server, check_tls, listen, share_memory, url_of
 from expertmesh.server.settings import Settings, digests
 
 KEY = "EXPERTMESH_API_KEY"
@@ -67,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    share_memory()
     settings = settings_of(args, os.environ)
     listener = listen(args.host, args.port)
     url = url_of(listener, settings)

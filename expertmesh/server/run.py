@@ -5,6 +5,7 @@ the ends of one connection, and each ends when the other one has ended, in whate
 """
 
 import contextlib
+import ctypes
 import errno
 import signal
 import socket
@@ -23,6 +24,16 @@ from expertmesh.server.settings import Settings
 
 FORCE = 10.0  # seconds after which the other process is killed, when it should have ended
 HANDLED = (signal.SIGINT, signal.SIGTERM)
+
+
+M_ARENA_MAX = -8  # of mallopt (malloc.h)
+
+
+def share_memory() -> None:
+    """Let all threads of this process allocate from one arena. glibc gives each thread its own, and takes nothing back
+    from one for another: with a rank in each of 8 threads a server grew by a fifth in 5,000 requests."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 class FrontEnded(RuntimeError):

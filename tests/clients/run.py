@@ -74,7 +74,7 @@ def official(name: str, environment: Environment) -> bool:
             *(environment.python, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider"),
             *("--tb=short", "--show-capture=no", "-k", suite["keyword"], *plugins),
             *("-c", str(folder / suite["config"]), f"--confcutdir={folder}", f"--rootdir={folder}"),
-            *(f"--listed={HERE / name}.toml", f"--server={server}", *suite["tests"]),
+            *(f"--listed={HERE / name}.toml", *suite["tests"]),
         ]
         variables = {"PYTHONPATH": str(HERE), "TEST_API_BASE_URL": server + suite["base"]}
         return subprocess.run(command, cwd=folder, env=os.environ | variables, check=False).returncode == 0
