@@ -34,6 +34,7 @@ OPTIONS = (
 GROUPS = 2  # TP groups, each with a cache of its own
 KINDS = [(8, 24), (40, 12), (130, 16), (24, 40), (300, 4), (64, 8)]  # tokens of prompts and answers
 CUT = 0.1  # of the clients go away in the middle
+WARM = 15.0  # seconds of load at least, before memory is looked at
 QUIET = 15.0  # seconds in which connections that nobody uses are closed
 GROWTH, SPARE = 0.05, 32e6  # what memory may grow by: of itself, and bytes that an allocator keeps
 BOUND = 45.0  # seconds until everybody knows of a rank that has died: the ranks' own time-out and some
@@ -149,7 +150,7 @@ async def soak(server: Started, args: argparse.Namespace, judge: Judge) -> None:
     async with Client(server.url, reuse=False) as client:
         crowd = await Crowd.of(client, judge)
         # The same load, shorter: what is made once is made, for as many requests at a time as there will be.
-        await crowd.streams(args.streams, min(60.0, 15 * args.minutes))
+        await crowd.streams(args.streams, max(WARM, min(60.0, 15 * args.minutes)))
         await crowd.queued(args.queued)
     before = await Footprint.quiet(server)
     async with Client(server.url, reuse=False) as client:
