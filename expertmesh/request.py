@@ -164,6 +164,8 @@ def read_grammar(text: str) -> dict[str, Any]:
     """A grammar's JSON text as an object, of a known type and with what that type needs. InputError otherwise."""
     if not isinstance(text, str):
         raise InputError('grammar must be JSON text, such as \'{"type": "json_object"}\'')
+    if len(text) > MOST_CHARACTERS:
+        raise InputError(f"grammar has {len(text)} characters; at most {MOST_CHARACTERS} are possible")
     try:
         spec = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -171,10 +173,23 @@ def read_grammar(text: str) -> dict[str, Any]:
     kind = spec.get("type") if isinstance(spec, dict) else None
     if not isinstance(kind, str) or kind not in GRAMMARS:
         raise InputError(f"grammar must be a JSON object whose type is one of {', '.join(GRAMMARS)}")
+    if not _is_unicode(text) or not _is_unicode(json.dumps(spec, ensure_ascii=False)):
+        raise InputError("grammar has halves of surrogate pairs, which no token stands for")
+    if not _is_shallow(spec):
+        raise InputError(f"grammar is nested more than {MOST_LEVELS} levels deep")
     needs = GRAMMARS[kind]
     if needs is not None and not isinstance(spec.get(needs[0]), needs[1]):
         raise InputError(f"grammar of type {kind} needs {needs[0]!r}: {needs[2]}")
     return dict(spec)
+
+
+def _is_shallow(value: object) -> bool:
+    """Whether no more than MOST_LEVELS objects and lists are inside of each other."""
+    level = [value]
+    for _ in range(MOST_LEVELS):
+        inner = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)]
+        level = [item for items in inner for item in items]
+    return not any(isinstance(v, dict | list) for v in level)
 
 
 def _check_grammar(text: str) -> None:
@@ -191,6 +206,8 @@ def _check_grammar(text: str) -> None:
         )
 
 
+MOST_CHARACTERS = 1 << 17  # the engine's thread reads it between two steps: a second or so at most
+MOST_LEVELS = 256  # whatever follows a grammar into its depth has a stack that ends
 MOST_CHOICES = 4096  # beyond that, the time to compile them grows with the square of their number
 
 
@@ -232,6 +249,7 @@ class Request:
     pages: list[int] = field(default_factory=list)
     page_hashes: list[bytes] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    problem: str | None = None  # why it could not run, where that came out after it was queued
     logprobs: list[dict[int, float]] = field(default_factory=list)
     prompt_logprobs: list[dict[int, float] | None] = field(default_factory=list)
     preemptions: int = 0

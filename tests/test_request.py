@@ -173,11 +173,20 @@ def test_values_of_the_wrong_kind_are_refused(name: str, value: object) -> None:
         ("grammar", json.dumps({"type": "choice", "choices": [str(i) for i in range(5000)]})),
         ("grammar", '{"type": "json_object", "after": ""}'), ("grammar", '{"type": "json_object", "after": 5}'),
         ("grammar", "[" * 100_000),
+        ("grammar", '{"type": "json_schema", "schema": {"const": "\\ud800"}}'),
+        ("grammar", '{"type": "regex", "pattern": "\ud800"}'),
+        ("grammar", '{"type": "structural_tag", "format": ' + '{"a": [' * 128 + "]}" * 128 + "}"),
+        ("grammar", json.dumps({"type": "regex", "pattern": "a" * (1 << 17)})),
     ],
     ids=lambda v: str(v)[:40],
 )  # fmt: skip
 def test_constraints_that_are_wrong(name: str, value: object) -> None:
     refused(name, value)
+
+
+def test_a_grammar_as_deep_as_may_be() -> None:
+    inside = '{"a": [' * 127 + '{"a": 1}' + "]}" * 127
+    kept("grammar", f'{{"type": "structural_tag", "format": {inside}}}')
 
 
 def test_constraints_that_are_right() -> None:

@@ -63,7 +63,8 @@ class Constraints:
             self._waiting[request] = self._pool.submit(self._compile, source, request.prompt_length)
 
     def settle(self) -> list[Request]:
-        """Let requests go on whose grammars are there. Returns those whose grammars could not be compiled."""
+        """Let requests go on whose grammars are there. Returns those whose grammars could not be compiled, which have a
+        problem."""
         failed = []
         for request, future in list(self._waiting.items()):
             if request.finish_reason is not None:
@@ -72,6 +73,8 @@ class Constraints:
                 continue
             elif error := future.exception():
                 logging.getLogger(__name__).error("the grammar of request %s: %s", request.id, error)
+                known = isinstance(error, InputError)
+                request.problem = str(error) if known else "grammar cannot be compiled; the log says why"
                 failed.append(request)
             else:
                 self._followers[request] = future.result()

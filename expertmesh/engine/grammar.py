@@ -50,7 +50,8 @@ def source_of(grammar: str) -> Source:
 
 
 def check(source: Source) -> None:
-    """InputError where it cannot be read. Takes a millisecond or so, where compiling may take seconds."""
+    """InputError where it cannot be read. Takes a millisecond or so, of the longest ones up to a second;
+    compiling takes much longer."""
     parse = library().Grammar
     try:
         match source.form:
@@ -67,16 +68,19 @@ def check(source: Source) -> None:
 
 
 def compile_source(compiler: "xgrammar.GrammarCompiler", source: Source) -> "xgrammar.CompiledGrammar":
-    """For the compiler's vocabulary."""
-    match source.form:
-        case "schema":
-            return compiler.compile_json_schema(source.text, max_whitespace_cnt=MOST_SPACES)
-        case "regex":
-            return compiler.compile_regex(source.text)
-        case "ebnf":
-            return compiler.compile_grammar(source.text)
-        case "tag":
-            return compiler.compile_structural_tag(source.text)
+    """For the compiler's vocabulary. InputError where it names a token that is not in there."""
+    try:
+        match source.form:
+            case "schema":
+                return compiler.compile_json_schema(source.text, max_whitespace_cnt=MOST_SPACES)
+            case "regex":
+                return compiler.compile_regex(source.text)
+            case "ebnf":
+                return compiler.compile_grammar(source.text)
+            case "tag":
+                return compiler.compile_structural_tag(source.text)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise InputError(f"grammar cannot be used: {_cause(error)}") from None
 
 
 def library() -> Any:

@@ -67,9 +67,11 @@ class Tokenizer:
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids; special adds what the checkpoint puts before every text, the first token as a rule."""
         try:
-            ids: list[int] = self._rust.encode(text, add_special_tokens=special).ids
+            # Of several texts, since the library lets other threads of Python run then, and only then.
+            (encoding,) = self._rust.encode_batch_fast([text], add_special_tokens=special)
         except TypeError:
             raise InputError("the prompt is not a text: it has halves of surrogate pairs") from None
+        ids: list[int] = encoding.ids
         if special and self._config.get("add_bos_token") and self.bos:
             bos = self._rust.token_to_id(self.bos)
             if bos is not None and ids[:1] != [bos]:

@@ -2,7 +2,7 @@
 change the answer and are not supported are refused by name."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -15,11 +15,14 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+T = TypeVar("T")
+# A list whose first wrong item is its error: nobody reads a million of them, and they would hold up the event loop.
+Items = Annotated[list[T], Field(fail_fast=True)]
 Integer = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
 # JSON can spell halves of a surrogate pair, which are no text: encoding them is an error.
 Text = Annotated[str, AfterValidator(lambda value: value.encode().decode())]
 Texts = Annotated[
-    list[Text],
+    Items[Text],
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]

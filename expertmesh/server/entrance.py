@@ -6,7 +6,7 @@ import binascii
 import contextlib
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -33,6 +33,7 @@ class Entrance:
     def __init__(self, worker: Worker, keys: Sequence[bytes] = (), max_body: int = 16 << 20) -> None:
         self._worker, self._keys, self._max_body = worker, tuple(keys), max_body
         self.api: ASGIApp | None = None
+        self._bodies: set[asyncio.Timeout] = set()  # that are being read
 
     @property
     def state(self) -> EngineState:
@@ -67,6 +68,12 @@ class Entrance:
         if body is not None:
             await self.api(scope, _begins_with(body, receive), send)
 
+    def stop(self) -> None:
+        """No body is waited for any more: nobody would answer it."""
+        for limit in self._bodies:
+            if not limit.expired():
+                limit.reschedule(asyncio.get_running_loop().time())
+
     def _probe(self, scope: Scope) -> JSONResponse:
         if scope["method"] not in ("GET", "HEAD"):
             raise ApiError(405, f"Method Not Allowed: {scope['method']} {scope['path']}")
@@ -93,8 +100,8 @@ class Entrance:
             raise ApiError(401, message, code="invalid_api_key", headers=headers)
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
-        """All of it; None where the client has gone before. ApiError where it is too long, or too slow: the rest is
-        not read, and the connection ends."""
+        """All of it; None where the client has gone before. ApiError where it is too long, or too slow, EngineStopped
+        where the server stops meanwhile: the rest is not read, and the connection ends."""
         close = {"Connection": "close"}
         too_long = ApiError(
             413, f"the body has more than {self._max_body} bytes", code="body_too_large", headers=close
@@ -104,7 +111,7 @@ class Entrance:
             raise too_long
         body = bytearray()
         try:
-            async with asyncio.timeout(BODY_TIME):
+            async with self._limit():
                 more = True
                 while more:
                     message = await receive()
@@ -115,9 +122,20 @@ class Entrance:
                     if len(body) > self._max_body:
                         raise too_long
         except TimeoutError:
+            self._worker.check()
             message_ = f"the body did not come within {BODY_TIME:g} s"
             raise ApiError(408, message_, code="timeout", headers=close) from None
         return bytes(body)
+
+    @contextlib.asynccontextmanager
+    async def _limit(self) -> AsyncGenerator[None]:
+        """Of the time to read a body. TimeoutError where it is over, or `stop` was called."""
+        async with asyncio.timeout(BODY_TIME) as limit:
+            self._bodies.add(limit)
+            try:
+                yield
+            finally:
+                self._bodies.discard(limit)
 
 
 def _is_page(path: str) -> bool:

@@ -97,6 +97,8 @@ def add_handlers(app: FastAPI) -> None:
         path = request.url.path
         if isinstance(error, HTTPException):  # an unknown path, or a known one with another method
             message = f"{error.detail}: {request.method} {path}"
+            if error.status_code == 400:  # what is JSON, but too much of it: nesting, digits
+                message = f"the body cannot be read as JSON: {str(error.__cause__ or error.detail)[:200]}"
             error = ApiError(error.status_code, message, headers=error.headers)
         return ApiError.of(error).about(request.scope).response(path)
 
@@ -109,7 +111,8 @@ def _of_validation(error: RequestValidationError) -> ApiError:
     first = max(error.errors(), key=lambda e: (e["type"] == "refused", len(e["loc"])))
     context = first.get("ctx") or {}
     if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is not valid JSON: {context['error']} at character {first['loc'][1]}")
+        what = context["error"].removesuffix(" at")
+        return ApiError(400, f"the body is not valid JSON: {what} at character {first['loc'][1]}")
     if first["type"] == "refused":
         return ApiError(400, first["msg"], context["param"])
     place = _place(first["loc"][1:], error.body, first["type"] == "missing")

@@ -11,7 +11,8 @@ From the engine:
     ready   capacity: choices that can run at the same time; max_context; about: what was worked out, by name
     tokens  new: key -> [tokens, logprobs, prompt_logprobs, cached tokens, finish reason], of each request in a step
             only what is new; waited: key -> seconds in the queue, of those that are in such a frame for the first time
-    refuse  key, message: a request that cannot run after all
+    refuse  key, message: a request that cannot run after all; None where that is a fault of the server, which its log
+            explains
     state   status: how the engine is (`pump.Pump.status`), about twice a second
     telemetry state: what it tells of itself (`engine.telemetry`), between two steps, about as often
     failed  message, place: the engine computes nothing any more; place: rank, node, card, host, where one has failed

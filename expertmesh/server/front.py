@@ -110,6 +110,7 @@ class Front:
                 return
             if message["do"] == "drain":
                 self._worker.hear(message)
+                self._entrance.stop()
                 draining = loop.create_task(self._drain(message["grace"]))
                 continue
             if message["do"] == "ready":

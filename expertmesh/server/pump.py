@@ -5,14 +5,14 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any
 
 from expertmesh.engine.engine import Engine
 from expertmesh.engine.telemetry import Telemetry
 from expertmesh.errors import InputError, RankFailure
-from expertmesh.request import SamplingParams
+from expertmesh.request import Request, SamplingParams
 from expertmesh.server.frames import Frame, TokenWriter
 
 FAILED = "the engine failed and the server must be restarted; its log says why"
@@ -123,12 +123,7 @@ class Pump:
     def _do(self, frame: Frame) -> None:
         match frame["do"]:
             case "submit" if not self.failed:
-                try:
-                    self._engine.submit_tokens(
-                        frame["tokens"], SamplingParams(**frame["params"]), frame["key"]
-                    )
-                except InputError as error:
-                    self._send({"do": "refuse", "key": frame["key"], "message": str(error)})
+                self._submit(frame)
             case "finish" if not self.failed:
                 self._engine.finish(frame["key"], frame["reason"])
                 self._writer.forget(frame["key"])
@@ -145,6 +140,17 @@ class Pump:
                 raise InputError(frame["message"])
             case "gone":
                 self._gone = True
+
+    def _submit(self, frame: Frame) -> None:
+        """What cannot be queued is an error of this request alone, whatever is wrong with it."""
+        key = frame["key"]
+        try:
+            self._engine.submit_tokens(frame["tokens"], SamplingParams(**frame["params"]), key)
+        except InputError as error:
+            self._send({"do": "refuse", "key": key, "message": str(error)})
+        except Exception:
+            logging.getLogger(__name__).exception("request %s could not be queued", key)
+            self._send({"do": "refuse", "key": key, "message": None})
 
     def _work(self) -> None:
         """A step, and what is to be told. What fails is told, and nothing is computed after it."""
@@ -168,14 +174,21 @@ class Pump:
         """With rows where there are any."""
         start = time.monotonic()
         if self._engine.busy:
-            advanced = self._engine.advance()
-            if advanced:
-                self._send(self._writer.write(advanced))
+            self._tell(self._engine.advance())
         else:
             self._engine.heartbeat()
         self._finished = time.monotonic()
         self._steps += 1
         self._longest = max(self._longest, self._finished - start)
+
+    def _tell(self, advanced: Sequence[Request]) -> None:
+        """What a step has brought."""
+        for request in advanced:
+            if request.problem is not None:
+                self._send({"do": "refuse", "key": request.id, "message": request.problem})
+        good = [request for request in advanced if request.problem is None]
+        if good:
+            self._send(self._writer.write(good))
 
     def _end_by(self, seconds: float) -> None:
         self._deadline = min(self._deadline or math.inf, time.monotonic() + seconds)

@@ -182,7 +182,7 @@ class Worker:
                         self._grow(growing, call, news)
             case "refuse":
                 if frame["key"] in self._running:
-                    self._running[frame["key"]][1].end(InputError(frame["message"]))
+                    self._running[frame["key"]][1].end(_refusal(frame["message"]))
             case "telemetry":
                 if self.watcher is not None and self.state.failure is None:
                     self.watcher.publish(frame["state"])
@@ -256,3 +256,10 @@ class Worker:
             return 5
         rate = len(self._ended) / max(1e-3, time.monotonic() - self._ended[0])
         return max(1, min(LONGEST_WAIT, math.ceil(over / rate)))
+
+
+def _refusal(message: str | None) -> Exception:
+    """Why the engine has not taken a request; None where that is not the request's fault."""
+    if message is not None:
+        return InputError(message)
+    return EngineStopped("internal error; the server's log says more", 500, "internal_error")

@@ -348,6 +348,16 @@ def test_errors_that_the_client_does_not_make(
     assert words in error["message"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_grammar_that_turns_out_to_be_wrong_when_it_is_compiled(client: OpenAI, stream: bool) -> None:
+    tag = {"format": {"type": "token", "token": 99_999_999}}
+    with pytest.raises(openai.BadRequestError, match="out of the vocabulary") as caught:
+        client.completions.create(
+            model=NAME, prompt="a", stream=stream, extra_body={"structured_outputs": {"structural_tag": tag}}
+        )
+    assert caught.value.body["param"] == "grammar"  # type: ignore[index]
+
+
 def test_a_checkpoint_without_a_tokenizer_is_not_served(new_llm: Callable[..., LLM]) -> None:
     engine = new_llm().engine
     with pytest.raises(InputError, match=r"tokenizer\.json"):

@@ -139,6 +139,20 @@ def test_a_body_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (408, "timeout")
 
 
+def test_a_body_that_does_not_come_before_the_server_stops() -> None:
+    app = entrance()
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield b"0"
+        app._worker.hear({"do": "drain", "grace": 30.0})
+        app.stop()
+        await asyncio.sleep(60)
+
+    answer = ask(app, content=slow())
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "shutting_down")
+    assert answer.headers["Connection"] == "close"
+
+
 def test_who_goes_before_the_body_is_there_is_not_answered() -> None:
     sent: list[Any] = []
 

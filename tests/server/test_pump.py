@@ -47,6 +47,8 @@ class Counting:
         self.threads.add(threading.get_ident())
         if not tokens:
             raise InputError("an empty prompt")
+        if tokens == [13]:
+            raise RecursionError("nobody has thought of this")
         self.requests[key] = Request(key, tokens, len(tokens), params, 0)
 
     def finish(self, key: str, reason: str) -> None:
@@ -152,6 +154,17 @@ def test_one_frame_for_all_requests_of_a_step_and_nothing_for_who_has_gone() -> 
     assert all({"a", "c"} <= set(frame["new"]) for frame in running.of("tokens")[1:])
     assert running.of("refuse") == [{"do": "refuse", "key": "e", "message": "an empty prompt"}]
     assert "abort b" in engine.calls
+    running.end()
+
+
+def test_a_request_that_nobody_has_thought_of_ends_alone(caplog: pytest.LogCaptureFixture) -> None:
+    running = Running(Counting())
+    running.pump.put(submit("odd", 1, (13,)))
+    running.pump.put(submit("next", 1))
+    running.wait(lambda: running.tokens() == {"next": [0]})
+    assert running.of("refuse") == [{"do": "refuse", "key": "odd", "message": None}]
+    assert "odd could not be queued" in caplog.text and "nobody has thought" in caplog.text
+    assert not running.of("failed")
     running.end()
 
 

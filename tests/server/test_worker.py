@@ -205,6 +205,18 @@ def test_a_request_that_the_engine_refuses() -> None:
     assert sorted(engine.told) == [("0", "abort"), ("1", "abort")]
 
 
+def test_a_request_that_the_engine_stumbles_over_is_not_called_wrong() -> None:
+    async def work(engine: Counting) -> None:
+        call = asyncio.create_task(_tokens(engine.worker, 5))
+        await asyncio.sleep(0)
+        engine.worker.hear({"do": "refuse", "key": "0", "message": None})
+        with pytest.raises(EngineStopped, match="internal error") as caught:
+            await call
+        assert (caught.value.status, caught.value.code) == (500, "internal_error")
+
+    run(work)
+
+
 def test_a_request_that_takes_too_long() -> None:
     async def work(engine: Counting) -> dict[int, list[int]]:
         late = asyncio.create_task(_tokens(engine.worker, 1 << 30))

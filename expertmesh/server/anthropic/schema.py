@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from expertmesh.server.body import Body, Integer, Text, ToolName, content_type, refusal
+from expertmesh.server.body import Body, Integer, Items, Text, ToolName, content_type, refusal
 from expertmesh.server.chat.turn import Tool, Turn, allow, object_schema
 
 
@@ -56,7 +56,7 @@ Block = Annotated[
 
 class Message(Body):
     role: Literal["user", "assistant", "system"]
-    content: Text | list[Block]
+    content: Text | Items[Block]
 
     @property
     def blocks(self) -> list[Any]:
@@ -135,9 +135,9 @@ class Conversation(Body):
     unsupported: ClassVar[tuple[str, ...]] = ("container", "mcp_servers")
 
     model: str
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Items[Message], Field(min_length=1)]
     system: content_type("text", param="system") | None = None  # type: ignore[valid-type]
-    tools: list[CustomTool] | None = None
+    tools: Items[CustomTool] | None = None
     tool_choice: Annotated[AnyChoice | NoChoice | NamedChoice, Field(discriminator="type")] | None = None
     thinking: Annotated[EnabledThinking | OtherThinking, Field(discriminator="type")] | None = None
     output_config: OutputConfig | None = None
@@ -178,7 +178,7 @@ class MessagesRequest(Conversation):
     """Body of POST /v1/messages."""
 
     max_tokens: Annotated[Integer, Field(ge=1)]
-    stop_sequences: list[Text] | None = None
+    stop_sequences: Items[Text] | None = None
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
-from expertmesh.server.body import Body, Text, refusal
+from expertmesh.server.body import Body, Items, Text, refusal
 
 
 class TextFormat(Body):
@@ -45,7 +45,7 @@ class JsonSchemaFormat(Body):
 
 
 ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
-Choices = Annotated[list[Text], Field(min_length=1)]
+Choices = Annotated[Items[Text], Field(min_length=1)]
 
 
 def _parsed(value: Any) -> Any:

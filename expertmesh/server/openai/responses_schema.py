@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from pydantic import Discriminator, Field, Tag
 
 from expertmesh.errors import InputError
-from expertmesh.server.body import Body, Integer, Text, ToolName, content_type
+from expertmesh.server.body import Body, Integer, Items, Text, ToolName, content_type
 from expertmesh.server.chat.turn import Tool, Turn, allow
 from expertmesh.server.chat.turn import ToolChoice as Choice
 from expertmesh.server.openai.formats import JsonObjectFormat, NamedSchema, TextFormat
@@ -80,7 +80,7 @@ class FlatNamedTool(Body):
 class FlatAllowedTools(Body):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: list[FlatNamedTool]
+    tools: Items[FlatNamedTool]
 
 
 class FlatSchemaFormat(NamedSchema):
@@ -103,7 +103,7 @@ class Asking(Body):
 
     unsupported: ClassVar[tuple[str, ...]] = ("previous_response_id", "conversation", "prompt")
 
-    input: Text | Annotated[list[Item], Field(min_length=1)]
+    input: Text | Annotated[Items[Item], Field(min_length=1)]
     instructions: Text | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
@@ -111,7 +111,7 @@ class Asking(Body):
     tool_choice: Choice | Annotated[FlatNamedTool | FlatAllowedTools, Field(discriminator="type")] | None = (
         None
     )
-    tools: list[FlatTool] | None = None
+    tools: Items[FlatTool] | None = None
     truncation: Literal["auto", "disabled"] | None = None
 
     def turn(self) -> Turn:

@@ -8,14 +8,13 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from expertmesh.server.documents import answers
-from expertmesh.server.errors import ApiError
 from expertmesh.server.events import JsonAnswer
 from expertmesh.server.openai import documents
 from expertmesh.server.openai.answer import ChatAnswer, CompletionAnswer
 from expertmesh.server.openai.responses import ResponseAnswer
 from expertmesh.server.openai.responses_schema import InputTokensRequest, ResponseRequest
 from expertmesh.server.openai.schema import ChatRequest, CompletionRequest
-from expertmesh.server.openai.tokens import DetokenizeRequest, TokenizeRequest, tokens_of
+from expertmesh.server.openai.tokens import DetokenizeRequest, TokenizeRequest, text_of, tokens_of
 from expertmesh.server.service import Call, Service
 from expertmesh.server.worker import Job
 
@@ -64,6 +63,7 @@ class _Routes:
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         """Continue prompts."""
+        self._service.worker.check(len(body.prompts) * body.choices)  # before so many are made tokens
         return await self._service.respond(request, body.model, body.stream, lambda: self._completion(body))
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
@@ -88,11 +88,7 @@ class _Routes:
     async def detokenize(self, body: DetokenizeRequest) -> Response:
         """The text of token ids."""
         self._service.check_model(body.model or self._service.names[0])
-        size = self._service.intake.model.vocab_size
-        wrong = [token for token in body.tokens if token >= size]
-        if wrong:
-            raise ApiError(400, f"token id {wrong[0]} is outside the vocabulary of {size}", "tokens")
-        return JsonAnswer({"prompt": self._service.tokenizer.decode(body.tokens, special=True)})
+        return JsonAnswer(await asyncio.to_thread(text_of, body, self._service))
 
     def _model(self) -> dict[str, Any]:
         service = self._service

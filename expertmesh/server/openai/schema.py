@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    BeforeValidator,
     Field,
     StrictInt,
     ValidationError,
@@ -13,12 +14,22 @@ from pydantic import (
 )
 
 from expertmesh.request import SamplingParams
-from expertmesh.server.body import Body, Integer, Text, Texts, content_type, refusal
+from expertmesh.server.body import Body, Integer, Items, Text, Texts, content_type, refusal
 from expertmesh.server.chat.turn import Turn
 from expertmesh.server.openai.formats import ConstrainedRequest
 from expertmesh.server.openai.tools import CalledTool, ToolChoice, ToolSpec, choose
 
 TokenId = Annotated[str, Field(pattern="^[0-9]{1,18}$")]
+
+
+def _check_bias(value: Any) -> Any:
+    """One error, where a dict of a million entries would give one for each."""
+    for token, bias in value.items() if isinstance(value, dict) else ():
+        if not (token.isascii() and token.isdigit() and len(token) <= 18):
+            raise refusal("logit_bias", f"logit_bias has {token[:40]!r}, which is no token id")
+        if not isinstance(bias, int | float) or isinstance(bias, bool):
+            raise refusal("logit_bias", f"logit_bias of token {token} must be a number")
+    return value
 
 
 class StreamOptions(Body):
@@ -38,15 +49,15 @@ class GenerationRequest(ConstrainedRequest):
     min_p: float | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stop: Texts | None = None
-    stop_token_ids: list[Integer] | None = None
+    stop_token_ids: Items[Integer] | None = None
     seed: Integer | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[TokenId, float] | None = None
+    logit_bias: Annotated[dict[TokenId, float], BeforeValidator(_check_bias)] | None = None
     min_tokens: Integer | None = None
-    allowed_token_ids: list[Integer] | None = None
-    bad_words: list[Text] | None = None
+    allowed_token_ids: Items[Integer] | None = None
+    bad_words: Items[Text] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -78,7 +89,7 @@ class CompletionRequest(GenerationRequest):
 
     unsupported: ClassVar[tuple[str, ...]] = (*GenerationRequest.unsupported, "suffix", "tools", "functions")
 
-    prompt: Text | list[Text] | list[StrictInt] | list[list[StrictInt]]
+    prompt: Text | Items[Text] | Items[StrictInt] | Items[Items[StrictInt]]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: int | None = None
@@ -134,7 +145,7 @@ class AssistantMessage(Body):
     role: Literal["assistant"]
     content: content_type("text", "refusal") | None = None  # type: ignore[valid-type]
     reasoning_content: Text | None = None
-    tool_calls: list[CalledTool] | None = None
+    tool_calls: Items[CalledTool] | None = None
 
     @model_validator(mode="after")
     def _check_content(self) -> "AssistantMessage":
@@ -163,8 +174,8 @@ Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage
 class Conversation(Body):
     """Messages and tools, as chat completions and the counting of their tokens have them."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
-    tools: list[ToolSpec] | None = None
+    messages: Annotated[Items[Message], Field(min_length=1)]
+    tools: Items[ToolSpec] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None

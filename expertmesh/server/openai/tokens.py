@@ -4,7 +4,8 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag
 
-from expertmesh.server.body import Body, Integer, Text
+from expertmesh.server.body import Body, Integer, Items, Text
+from expertmesh.server.errors import ApiError
 from expertmesh.server.openai.schema import Conversation
 from expertmesh.server.service import Service
 
@@ -35,7 +36,7 @@ TokenizeRequest = Annotated[
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: list[Annotated[Integer, Field(ge=0)]]
+    tokens: Items[Annotated[Integer, Field(ge=0)]]
 
 
 def tokens_of(body: TokenizeText | TokenizeConversation, service: Service) -> dict[str, Any]:
@@ -47,3 +48,11 @@ def tokens_of(body: TokenizeText | TokenizeConversation, service: Service) -> di
         "tokens": tokens,
         "token_strs": texts,
     }
+
+
+def text_of(body: DetokenizeRequest, service: Service) -> dict[str, Any]:
+    size = service.intake.model.vocab_size
+    wrong = next((token for token in body.tokens if token >= size), None)
+    if wrong is not None:
+        raise ApiError(400, f"token id {wrong} is outside the vocabulary of {size}", "tokens")
+    return {"prompt": service.tokenizer.decode(body.tokens, special=True)}

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field
 
-from expertmesh.server.body import Body, Text, ToolName
+from expertmesh.server.body import Body, Items, Text, ToolName
 from expertmesh.server.chat.turn import Tool, allow, object_schema
 from expertmesh.server.chat.turn import ToolChoice as Choice
 
@@ -39,7 +39,7 @@ class NamedTool(Body):
 
 class AllowedTools(Body):
     mode: Literal["auto", "required"]
-    tools: list[NamedTool]
+    tools: Items[NamedTool]
 
 
 class AllowedToolChoice(Body):

@@ -232,3 +232,21 @@ def test_numbers_that_are_texts_are_no_numbers() -> None:
 def test_bounds(fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         chat(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stop": [1, 1]},
+        {"messages": [1, 1]},
+        {"bad_words": [1, 1]},
+        {"logit_bias": {"a": 1, "b": 1}},
+        {"logit_bias": {"1": "a", "2": "b"}},
+        {"tools": [{}, {}]},
+    ],
+)
+def test_the_first_of_many_errors_is_the_only_one(fields: dict[str, Any]) -> None:
+    """All of them, for a body as large as it may be, would hold up whoever else is served for many seconds."""
+    with pytest.raises(ValidationError) as info:
+        chat(**fields)
+    assert info.value.error_count() <= 2  # one for each form that an item may have
