@@ -46,7 +46,7 @@ class Intake:
         ids |= set(self.model.eos_token_ids) if not ids else set()
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             ids.add(self.tokenizer.eos_token_id)
-        return frozenset(ids & set(range(self.model.vocab_size)))
+        return frozenset(token for token in ids if token in range(self.model.vocab_size))
 
     def default_params(self, **changes: Any) -> SamplingParams:
         """Sampling parameters that the checkpoint recommends in generation_config.json, with these changes."""

@@ -186,11 +186,6 @@ def collectives_of(layout: Layout, comm: Comm) -> Collectives:
     return Clustered(comm, TieredExchange(comm, layout.placement, layout.how))
 
 
-def describe_rank(layout: Layout, rank: int) -> str:
-    """A rank as messages name it."""
-    return f"{name_of(rank, layout.topology)} on {socket.gethostname()}"
-
-
 class ThreadRanks:
     """Ranks as threads that share weights; one rank runs in the caller's own thread. Implements `Ranks`."""
 
@@ -308,7 +303,7 @@ class ThreadRanks:
         cause = f"failed in step {self._steps}: {type(error).__name__}: {error}"
         if error is None:
             cause = f"has been computing step {self._steps} for so long that the others gave up"
-        self._failure = f"{describe_rank(self.layout, rank)} {cause}"
+        self._failure = f"{name_of(rank, self.layout.topology)} on {socket.gethostname()} {cause}"
         raise RankFailure(self._failure) from error
 
     @property

@@ -18,10 +18,8 @@ from expertmesh.server.frames import Frame, TokenWriter
 FAILED = "the engine failed and the server must be restarted; its log says why"
 PULSE = 0.5  # seconds between two words on how the engine is
 BEAT = 3.0  # seconds without requests after which the ranks show with a step without rows that they are there
-PATIENCE, OF_LONGEST = (
-    10.0,
-    3.0,
-)  # a step is late after so many seconds, or so many times the longest one before
+PATIENCE = 10.0  # seconds after which a step is late,
+OF_LONGEST = 3.0  # or so many times the longest one before
 LINGER = 10.0  # seconds beyond the grace after which the other process hangs
 
 
@@ -80,19 +78,12 @@ class Pump:
         """How the engine is. Any thread may ask. since: seconds since the last step has finished; patience: after how
         many of them it is late; awaited: ranks that have not answered what they were asked."""
         engine = self._engine
-        schedulers = engine.scheduler.schedulers
-        caches = [s.cache for s in schedulers]
         balancer = engine.balancer
         return {
             "steps": self._steps,
             "since": time.monotonic() - self._finished,
             "patience": max(PATIENCE, OF_LONGEST * self._longest) + BEAT,
             "awaited": [engine.ranks.place(rank) for rank in engine.ranks.awaited()] if self._asking else [],
-            "running": sum(len(s.running) for s in schedulers),
-            "waiting": sum(len(s.waiting) for s in schedulers),
-            "pages": sum(c.pages for c in caches),
-            "pages_free": sum(c.free for c in caches),
-            "preemptions": engine.scheduler.preemptions,
             "balance": None if balancer is None else balancer.report(),
         }
 

@@ -47,21 +47,22 @@ class MessageAnswer:
 
     def more(self, number: int, output: Output) -> list[Data]:
         self._output = output
-        at, events = len(self._reading.blocks) - 1, list[Data]()
-        for event in self._reading.more(output):
-            if isinstance(event, Begin):
-                at += 1
-                empty = _content(self._reading.blocks[at], "")
-                events.append({"type": "content_block_start", "index": at, "content_block": empty})
-                continue
+        events = list[Data]()
+        for at, event in self._reading.more(output):
             block = self._reading.blocks[at]
-            if isinstance(event, Piece):
+            if isinstance(event, Begin):
+                events.append(
+                    {"type": "content_block_start", "index": at, "content_block": _content(block, "")}
+                )
+            elif isinstance(event, Piece):
                 kind, field = _DELTAS[block.kind]
                 events.append(_delta(at, {"type": kind, field: event.text}))
-                continue
-            if block.kind == "reasoning":
-                events.append(_delta(at, {"type": "signature_delta", "signature": _signature(block.text)}))
-            events.append({"type": "content_block_stop", "index": at})
+            else:
+                if block.kind == "reasoning":
+                    events.append(
+                        _delta(at, {"type": "signature_delta", "signature": _signature(block.text)})
+                    )
+                events.append({"type": "content_block_stop", "index": at})
         return events
 
     def closing(self) -> list[Data]:

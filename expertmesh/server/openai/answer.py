@@ -183,8 +183,7 @@ class ChatAnswer(ChoicesAnswer):
 
     def _delta(self, news: News) -> dict[str, Any] | None:
         reading = self._readings[news.number]
-        known = len(reading.blocks)
-        delta = _delta_of(reading, known, reading.more(news.output))
+        delta = _delta_of(reading, reading.more(news.output))
         told = delta or news.reports or news.output.finish_reason
         return {"index": news.number, "delta": delta} | self._rest(news) if told else None
 
@@ -205,12 +204,10 @@ class ChatAnswer(ChoicesAnswer):
         return {"token": text, "logprob": _finite(logprob), "bytes": data}
 
 
-def _delta_of(reading: Reading, known: int, events: Sequence[Event]) -> dict[str, Any]:
-    """The events in one delta, after so many known blocks; each call that has news is in it once."""
-    at, texts, calls = known - 1, {"reasoning": "", "content": ""}, dict[int, dict[str, Any]]()
-    for event in events:
-        if isinstance(event, Begin):
-            at += 1
+def _delta_of(reading: Reading, events: Sequence[tuple[int, Event]]) -> dict[str, Any]:
+    """The events in one delta; each call that has news is in it once."""
+    texts, calls = {"reasoning": "", "content": ""}, dict[int, dict[str, Any]]()
+    for at, event in events:
         block = reading.blocks[at]
         if block.kind == "call":
             index = sum(before.kind == "call" for before in reading.blocks[:at])

@@ -50,10 +50,9 @@ class ResponseAnswer:
 
     def more(self, number: int, output: Output) -> list[Data]:
         self._output = output
-        at, events = len(self._reading.blocks) - 1, list[Data]()
-        for event in self._reading.more(output):
+        events = list[Data]()
+        for at, event in self._reading.more(output):
             if isinstance(event, Begin):
-                at += 1
                 events += self._begin(at)
             elif isinstance(event, Piece):
                 events.append(self._delta(at, event.text))
