@@ -335,7 +335,7 @@ class Output:
 
     text holds no part of a stop text; token_ids are all generated ids, a stop token included. logprobs: for each
     generated token {token id: log-probability}, most likely first, the chosen one among them. queued: seconds that it
-    waited in the engine for its first row.
+    waited in the engine for its first row. stop_text: the one that has ended it, if one has.
     """
 
     request_id: str
@@ -349,6 +349,7 @@ class Output:
     cached_tokens: int = 0
     delta: str = ""
     queued: float = 0.0
+    stop_text: str | None = None
 
     @property
     def finished(self) -> bool:

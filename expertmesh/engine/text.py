@@ -14,7 +14,11 @@ class OutputText:
         self._stream, self._stop = stream, tuple(stop)
         self._held = ""
         self.text = ""
-        self.stopped = False
+        self.stop_text: str | None = None  # the one that is complete
+
+    @property
+    def stopped(self) -> bool:
+        return self.stop_text is not None
 
     def take(self, tokens: Sequence[int], reason: FinishReason | None) -> tuple[int, FinishReason | None]:
         """Push new tokens; reason: why the request ends behind them, if it does. Returns how many of them are part of
@@ -30,7 +34,7 @@ class OutputText:
         return len(tokens), "stop" if self.stopped else reason
 
     def push(self, token: int) -> str:
-        """The text that this token makes certain; sets `stopped` where a stop text is complete."""
+        """The text that this token makes certain; sets `stop_text` where one is complete."""
         return self._take(self._stream.push(token)) if self._stream else ""
 
     def finish(self) -> str:
@@ -46,11 +50,11 @@ class OutputText:
 
     def _take(self, new: str) -> str:
         held = self._held + new
-        cuts = [(at + len(stop), at) for stop in self._stop if (at := held.find(stop)) >= 0]
+        cuts = [(at + len(stop), at, stop) for stop in self._stop if (at := held.find(stop)) >= 0]
         if cuts:
             # The one that is complete first: which it is does not depend on how the text is split into tokens.
-            self.stopped = True
-            held, self._held = held[: min(cuts)[1]], ""
+            _, at, self.stop_text = min(cuts)
+            held, self._held = held[:at], ""
         else:
             keep = max((_overlap(held, stop) for stop in self._stop), default=0)
             held, self._held = held[: len(held) - keep], held[len(held) - keep :]
@@ -90,6 +94,7 @@ class Outputs:
             prompt_logprobs=list(request.prompt_logprobs) if params.prompt_logprobs is not None else None,
             cached_tokens=request.cached_tokens,
             queued=request.queued,
+            stop_text=text.stop_text,
             delta=text.text[before:],
         )
         if output.finished:

@@ -95,4 +95,5 @@ class Growing:
             cached_tokens=self.cached,
             delta=self.text.text[before:],
             queued=self.queued,
+            stop_text=self.text.stop_text,
         )

@@ -45,7 +45,17 @@ class ScriptedWorker:
                 tokens = ids[: count + 1]
                 yield (
                     number,
-                    Output("r", None, job.tokens, text.text, tokens, reason, logprobs, cached_tokens=2),
+                    Output(
+                        "r",
+                        None,
+                        job.tokens,
+                        text.text,
+                        tokens,
+                        reason,
+                        logprobs,
+                        cached_tokens=2,
+                        stop_text=text.stop_text,
+                    ),
                 )  # type: ignore[arg-type]
                 if text.stopped:
                     break

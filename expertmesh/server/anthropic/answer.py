@@ -7,8 +7,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from expertmesh.engine.tokenizer import Tokenizer
-from expertmesh.request import Output, SamplingParams
+from expertmesh.request import Output
 from expertmesh.server.chat.parser import Begin, Piece
 from expertmesh.server.chat.reading import Block, Reading
 from expertmesh.server.errors import ApiError
@@ -25,9 +24,8 @@ _DELTAS = {
 class MessageAnswer:
     named = True
 
-    def __init__(self, name: str, tokenizer: Tokenizer, opened: Opened, params: SamplingParams) -> None:
-        self._name, self._tokenizer, self._stops = name, tokenizer, params.stop
-        self._prompt = len(opened.tokens)
+    def __init__(self, name: str, opened: Opened) -> None:
+        self._name, self._prompt = name, len(opened.tokens)
         self._reading = Reading(opened.parser())
         self._id = f"msg_{uuid.uuid4().hex}"
         self._output: Output | None = None
@@ -90,18 +88,8 @@ class MessageAnswer:
     def _stop(self, output: Output) -> Data:
         if output.finish_reason != "stop":
             return {"stop_reason": "max_tokens", "stop_sequence": None}
-        stop = self._stop_text(output)
-        reason = "stop_sequence" if stop else "tool_use" if self._reading.calls else "end_turn"
-        return {"stop_reason": reason, "stop_sequence": stop}
-
-    def _stop_text(self, output: Output) -> str | None:
-        """The stop text that has ended the output, if one has: it stands where the text ends, and completes first."""
-        if not self._stops:
-            return None
-        stream = self._tokenizer.stream()
-        text = "".join([stream.push(token) for token in output.token_ids]) + stream.flush()
-        after = text[len(output.text) :]
-        return min((stop for stop in self._stops if after.startswith(stop)), key=len, default=None)
+        reason = "stop_sequence" if output.stop_text else "tool_use" if self._reading.calls else "end_turn"
+        return {"stop_reason": reason, "stop_sequence": output.stop_text}
 
 
 def _delta(at: int, delta: Data) -> Data:

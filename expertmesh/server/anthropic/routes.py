@@ -41,4 +41,4 @@ class _Routes:
     def _call(self, body: MessagesRequest) -> Call:
         service, opened = self._service, self._service.open(body.turn())
         (job,) = service.jobs(opened.tokens, "messages", body.sampling() | opened.sampling)
-        return Call([job], MessageAnswer(body.model, service.tokenizer, opened, job.params))
+        return Call([job], MessageAnswer(body.model, opened))
