@@ -9,7 +9,7 @@ To the engine:
 From the engine:
     loading done, total: bytes of the weights
     ready   capacity: choices that can run at the same time; max_context; about: what was worked out, by name
-    tokens  new: key -> [tokens, logprobs, prompt_logprobs, cached tokens, finish reason], of each request in a step
+    tokens  new: key -> [tokens, logprobs, prompt_logprobs, cached tokens, finish reason], of requests that have some,
             only what is new; waited: key -> seconds in the queue, of those that are in such a frame for the first time
     refuse  key, message: a request that cannot run after all; None where that is a fault of the server, which its log
             explains
@@ -42,11 +42,15 @@ class TokenWriter:
 
     def write(self, requests: Iterable[Request]) -> Frame:
         requests = list(requests)
-        waited = {request.id: request.queued for request in requests if request.id not in self._told}
+        waited = {request.id: request.queued for request in requests if self.new(request)}
         return {"do": "tokens", "new": {r.id: self._news(r) for r in requests}, "waited": waited}
 
+    def new(self, request: Request) -> bool:
+        """Nothing has been told of it."""
+        return request.id not in self._told
+
     def _news(self, request: Request) -> list[Any]:
-        first = request.id not in self._told
+        first = self.new(request)
         told = self._told.get(request.id, request.prompt_length)
         tokens = request.tokens[told:]
         params = request.params

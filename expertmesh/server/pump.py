@@ -20,6 +20,9 @@ PULSE = 0.5  # seconds between two words on how the engine is
 BEAT = 3.0  # seconds without requests after which the ranks show with a step without rows that they are there
 PATIENCE = 10.0  # seconds after which a step is late,
 OF_LONGEST = 3.0  # or so many times the longest one before
+# Seconds between two frames with the tokens of requests that go on. Steps may be faster than that; eyes are not, and a
+# frame wakes threads on cores that compute.
+PACE = 0.02
 LINGER = 10.0  # seconds beyond the grace after which the other process hangs
 
 
@@ -43,6 +46,8 @@ class Pump:
         self._inbox: SimpleQueue[Frame] = SimpleQueue()
         self.put = self._inbox.put
         self._writer = TokenWriter()
+        self._untold: dict[str, Request] = {}  # requests that have tokens of which the other process does not know
+        self._told = 0.0  # when all were told
         self._steps, self._longest = 0, 0.0
         self._finished = time.monotonic()  # when the last step did
         self._asking = False  # the ranks, for whose answers it waits
@@ -118,6 +123,7 @@ class Pump:
             case "finish" if not self.failed:
                 self._engine.finish(frame["key"], frame["reason"])
                 self._writer.forget(frame["key"])
+                self._untold.pop(frame["key"], None)
             case "drain":
                 if not self._draining:
                     self._draining = True
@@ -173,13 +179,21 @@ class Pump:
         self._longest = max(self._longest, self._finished - start)
 
     def _tell(self, advanced: Sequence[Request]) -> None:
-        """What a step has brought."""
+        """What a step has brought: first tokens and ends at once, others in frames that have a pace."""
         for request in advanced:
             if request.problem is not None:
                 self._send({"do": "refuse", "key": request.id, "message": request.problem})
-        good = [request for request in advanced if request.problem is None]
-        if good:
-            self._send(self._writer.write(good))
+            else:
+                self._untold[request.id] = request
+        now = time.monotonic()
+        due = now >= self._told + PACE
+        if due:
+            self._told = now
+        telling = [r for r in self._untold.values() if due or r.finish_reason or self._writer.new(r)]
+        if telling:
+            self._send(self._writer.write(telling))
+            for request in telling:
+                del self._untold[request.id]
 
     def _end_by(self, seconds: float) -> None:
         self._deadline = min(self._deadline or math.inf, time.monotonic() + seconds)
