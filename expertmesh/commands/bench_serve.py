@@ -124,7 +124,7 @@ def _load(args: argparse.Namespace) -> Load:
 def _form(args: argparse.Namespace, served: bool) -> Form:
     vocabulary = args.vocabulary
     if vocabulary is None:
-        vocabulary = ModelConfig.from_folder(Path(args.target or demo_model())).vocab_size if served else 4096
+        vocabulary = _config(args).vocab_size if served else 4096
     if vocabulary < 4:
         raise InputError(f"--vocabulary {vocabulary}: it must be at least 4")
     if not isinstance(args.fields, dict):
@@ -159,6 +159,10 @@ def _allow_connections() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
+def _config(args: argparse.Namespace) -> ModelConfig:
+    return ModelConfig.from_folder(Path(args.target or demo_model()))
+
+
 def _model(args: argparse.Namespace) -> list[str]:
     return [] if args.target is None else [args.target]
 
@@ -178,13 +182,17 @@ def _offline(
     """The engine as the server had it, which has ended, with as many requests at a time."""
     from expertmesh.bench.offline import offline
     from expertmesh.commands import serve
+    from expertmesh.commands.cluster import given_topology
     from expertmesh.commands.loading import load_llm
 
     parser = argparse.ArgumentParser(prog="expertmesh serve")
     serve.add_arguments(parser)
     options = parser.parse_args([*_model(args), *words])
     if load.concurrency is not None:
-        options.max_batch_requests = min(load.concurrency, options.max_batch_requests or load.concurrency)
+        # Of each TP group: a cluster runs as many times more.
+        topology = given_topology(options).resolve(_config(args))
+        each = -(-load.concurrency // topology.groups)
+        options.max_batch_requests = min(each, options.max_batch_requests or each)
     with load_llm(options, progress=False) as llm:
         found = offline(llm, load, form.vocabulary)
     return {"offline": found | {

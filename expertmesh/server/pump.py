@@ -46,7 +46,9 @@ class Pump:
         self._inbox: SimpleQueue[Frame] = SimpleQueue()
         self.put = self._inbox.put
         self._writer = TokenWriter()
-        self._untold: dict[str, Request] = {}  # requests that have tokens of which the other process does not know
+        self._untold: dict[
+            str, Request
+        ] = {}  # requests that have tokens of which the other process does not know
         self._told = 0.0  # when all were told
         self._steps, self._longest = 0, 0.0
         self._finished = time.monotonic()  # when the last step did
