@@ -125,6 +125,41 @@ def submit(key: str, length: int, tokens: tuple[int, ...] = (1,)) -> Frame:
     return {"do": "submit", "key": key, "tokens": list(tokens), "params": {"max_tokens": length}}
 
 
+@pytest.mark.parametrize("pace", [0.0, 1e9])
+def test_frames_between_first_and_last_tokens_have_a_pace(
+    pace: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First tokens and ends are told at once, whatever the pace; nothing is told twice, or lost."""
+    monkeypatch.setattr(module, "PACE", pace)
+    engine = Counting()
+    engine.gate.clear()
+    running = Running(engine)
+    lengths = {"a": 1, "b": 4, "c": 9}
+    for key, length in lengths.items():
+        running.pump.put(submit(key, length))
+    engine.gate.set()
+    running.wait(lambda: running.tokens() == {key: list(range(n)) for key, n in lengths.items()})
+    running.end()
+    of_c = [len(frame["new"]["c"][0]) for frame in running.of("tokens") if "c" in frame["new"]]
+    assert of_c == ([1] * 9 if pace == 0 else [1, 8])
+
+
+def test_what_was_not_told_of_a_request_that_is_given_up_is_never_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "PACE", 1e9)
+    engine = Counting()
+    running = Running(engine)
+    running.pump.put(submit("a", 1 << 30))
+    running.wait(lambda: engine.steps > 5)
+    running.pump.put({"do": "finish", "key": "a", "reason": "abort"})
+    running.wait(lambda: not engine.busy)
+    running.pump.put(submit("b", 2))
+    running.wait(lambda: running.tokens().get("b") == [0, 1])
+    running.end()
+    assert running.tokens()["a"] == [0]
+
+
 def test_requests_run_to_their_ends_in_one_thread() -> None:
     engine = Counting()
     running = Running(engine)
