@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from expertmesh.comm.fibers import Turns
+from expertmesh.mesh.placement import Placement
 from expertmesh.mesh.topology import Topology
 from expertmesh.mesh.traffic import ANNOUNCEMENT
 
@@ -19,6 +20,7 @@ T = TypeVar("T")
 # What an exchange is for: its bytes are counted under this name.
 Purpose: TypeAlias = Literal["attention", "dispatch", "combine", "counts", "weights"]
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
+CPU = torch.device("cpu")
 
 
 @dataclass
@@ -87,20 +89,20 @@ class Done:
 
 
 class Comm(ABC):
-    """One rank's end of a transport.
+    """One rank's end of a transport. device: where what comes lies; parts that go may also lie in a processor's memory.
 
     turns: which of this rank's fibers runs. Exchanges are matched across ranks by group, fiber and their order in
     that fiber, so that fibers of one rank never hear each other.
     """
 
-    def __init__(self, topology: Topology, rank: int) -> None:
-        self.topology, self.rank = topology, rank
+    def __init__(self, topology: Topology, rank: int, device: torch.device = CPU) -> None:
+        self.topology, self.rank, self.device = topology, rank, device
         self.sent = ByteCount(topology, rank)
         self.turns = Turns()
 
     def new(self, rank: int, size: int) -> Tensor:
         """Uninitialised memory for a part that goes to this rank: such that it need not be copied, where there is."""
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     @abstractmethod
     def start(
@@ -212,4 +214,15 @@ class Exchange(Protocol):
 
     def combine(self, y_RD: Tensor, received: Received) -> Tensor:
         """y_RD: for each received row the weighted sum over my slots. Returns the sum over all ranks, [T, D]."""
+        ...
+
+
+class MovingExchange(Exchange, Protocol):
+    """An exchange of several ranks, whose experts may move."""
+
+    @property
+    def comm(self) -> Comm: ...
+
+    def put(self, placement: Placement) -> None:
+        """Choose slots by this placement from now on."""
         ...

@@ -2,13 +2,10 @@
 
 Across nodes one copy of a row goes to each node that holds any of its experts, to the peer with the sender's place
 there, which hands it on inside its node. Results come back the same way, summed at every stage: a node sends back one
-row per token. No row is dropped and none is padded.
-
-The stages form a pipeline: a rank's rows go in pieces, and while one piece crosses to another node, the one before it
-is handed on there. Results are summed and leave in the same pieces.
+row per token. No row is dropped and none is padded. In which order that happens is in `comm.tiers`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
@@ -17,14 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from expertmesh.comm.base import Comm, Received, Transfer
-from expertmesh.comm.replicas import Replicas
+from expertmesh.comm.base import Transfer
+from expertmesh.comm.replicas import Gathering
 from expertmesh.comm.rows import (
     Ints,
     Rows,
     chosen,
     dequantise,
-    format_name,
     joined,
     pack,
     pack_rows,
@@ -32,8 +28,8 @@ from expertmesh.comm.rows import (
     unpack,
     unpack_rows,
 )
-from expertmesh.mesh.placement import Placement
-from expertmesh.mesh.traffic import Algorithm, Format, Hop, message_bytes, rows_bytes
+from expertmesh.comm.tiers import Tiers
+from expertmesh.mesh.traffic import Format, Hop, message_bytes, rows_bytes
 
 
 @dataclass(frozen=True)
@@ -63,75 +59,25 @@ class Held:
         return len(self.rows[0])
 
 
-class TieredExchange:
-    """The exchange of one rank by an algorithm. Implements `comm.base.Exchange`.
+class TieredExchange(Tiers[Held]):
+    """With rows in the memory of a processor, packed by numpy."""
 
-    pieces: into how many the rows of every rank are cut, the same number on all ranks.
-    """
+    def choose(self, layer: int, experts_TK: Tensor) -> tuple[Ints, Gathering | None]:
+        return self.replicas.choose(layer, experts_TK.numpy())
 
-    def __init__(self, comm: Comm, placement: Placement, how: Algorithm, pieces: int = 1) -> None:
-        self.comm, self.how, self.pieces = comm, how, pieces
-        self.replicas = Replicas(comm, placement)
-
-    def prepare(self, pieces: int, split: str, rows: int) -> None:
-        self.pieces, self.replicas.how, self.replicas.rows = pieces, split, rows
-
-    @property
-    def placement(self) -> Placement:
-        return self.replicas.placement
-
-    def dispatch(self, layer: int, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Received:
-        choices, (width, plain) = experts_TK.shape[1], (x_TD.shape[1], format_name(x_TD.dtype))
-        formats = self.how.formats("dispatch", plain, self.comm.topology)
-        slots_TK, counts = self.replicas.choose(layer, experts_TK.numpy())
-        held: Iterable[Held] = self._cut(quantise(x_TD, formats[0]), slots_TK, weights_TK.float().numpy())
-        for number, (hop, form) in enumerate(zip(self.how.hops, formats, strict=True)):
-            under_way = [self._send(hop, form, piece, width) for piece in held]
-            if number == 0:
-                self.comm.turns.turn()
-            # One by one, when the next hop asks for it: a piece goes on while the one behind it travels.
-            held = (outward.arrive() for outward in under_way)
-        pieces = list(held)
-        together = _chained(pieces)
-        x_RD = dequantise(together.rows, formats[-1], x_TD.dtype)
-        slots_RK, weights_RK = _table(together, choices, self.comm.rank * self.placement.slots_per_rank)
-        if counts is not None:
-            counts.forward()
-        return Received(layer, x_RD, slots_RK, weights_RK, tuple(piece.trail for piece in pieces), counts)
-
-    def combine(self, y_RD: Tensor, received: Received) -> Tensor:
-        formats = self.how.formats("combine", format_name(y_RD.dtype), self.comm.topology)
-        trails = received.trail
-        results: Iterable[Tensor] = y_RD.split([sum(trail[-1].received) for trail in trails])
-        for number, (hop, form) in reversed(list(enumerate(zip(self.how.hops, formats, strict=True)))):
-            under_way = [
-                self._return(hop, form, trail[number], y_RD)
-                for trail, y_RD in zip(trails, results, strict=True)
-            ]
-            if number == 0:
-                self.comm.turns.turn()
-            results = (homeward.sum() for homeward in under_way)
-        out = torch.cat(list(results))
-        if received.counts is not None:
-            self.replicas.learn(received.layer, received.counts)
-        return out
-
-    def _cut(self, rows: Rows, slots_TK: Ints, weights_TK: NDArray[np.float32]) -> list[Held]:
-        """My rows in pieces."""
-        count, choices = slots_TK.shape
-        ends = [count * number // self.pieces for number in range(self.pieces + 1)]
+    def cut(self, x_TD: Tensor, slots_TK: Ints, weights_TK: Tensor, form: Format) -> list[Held]:
+        rows, weights, choices = quantise(x_TD, form), weights_TK.float().numpy(), slots_TK.shape[1]
         return [
             Held(
                 chosen(rows, first, end),
                 np.arange(end - first).repeat(choices),
                 slots_TK[first:end].ravel(),
-                weights_TK[first:end].ravel(),
+                weights[first:end].ravel(),
             )
-            for first, end in pairwise(ends)
+            for first, end in pairwise(self.ends(len(slots_TK)))
         ]
 
-    def _send(self, hop: Hop, form: Format, held: Held, width: int) -> "_Outward":
-        """Start one hop forwards: a copy of each row to every peer that stands for one of its slots."""
+    def send(self, hop: Hop, form: Format, held: Held, width: int) -> "_Outward":
         topology, size = self.comm.topology, self.placement.slots_per_rank
         peers = hop.peers(topology, self.comm.rank)
         peer_E = held.slot_E // (hop.span(topology) * size) - peers[0] // hop.span(topology)
@@ -155,8 +101,14 @@ class TieredExchange:
         transfer = self.comm.start("dispatch", peers, parts)
         return _Outward(transfer, width, form, held.trail, Record(copied_C, sent, [], held.count))
 
-    def _return(self, hop: Hop, form: Format, record: Record, y_RD: Tensor) -> "_Homeward":
-        """Start the same hop backwards: every received copy's result to where it came from."""
+    def settle(
+        self, pieces: Sequence[Held], choices: int, form: Format, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        together = _chained(pieces)
+        slots_RK, weights_RK = _table(together, choices, self.comm.rank * self.placement.slots_per_rank)
+        return dequantise(together.rows, form, dtype), slots_RK, weights_RK
+
+    def give_back(self, hop: Hop, form: Format, record: Record, y_RD: Tensor) -> "_Homeward":
         peers = hop.peers(self.comm.topology, self.comm.rank)
         width, rows = y_RD.shape[1], quantise(y_RD, form)
         parts, first = [], 0
@@ -171,7 +123,7 @@ class TieredExchange:
 
 @dataclass(frozen=True)
 class _Outward:
-    """Rows of one piece on one hop."""
+    """Implements `comm.tiers.Outward`."""
 
     transfer: Transfer
     width: int
@@ -180,7 +132,6 @@ class _Outward:
     record: Record
 
     def arrive(self) -> Held:
-        """Wait for what comes to this rank."""
         messages = [unpack(buffer.numpy(), self.width, self.form) for buffer in self.transfer.wait()]
         record = replace(self.record, received=[m.count for m in messages])
         counts = np.concatenate([m.counts_R for m in messages])
@@ -195,7 +146,7 @@ class _Outward:
 
 @dataclass(frozen=True)
 class _Homeward:
-    """Results of one piece on one hop."""
+    """Implements `comm.tiers.Homeward`."""
 
     transfer: Transfer
     width: int
@@ -204,8 +155,6 @@ class _Homeward:
     dtype: torch.dtype
 
     def sum(self) -> Tensor:
-        """Wait for the results of the copies that this rank has sent; add up those of the same row, peer after peer:
-        the order of a sum is part of the result."""
         buffers = zip(self.transfer.wait(), self.record.sent, strict=True)
         rows = joined([unpack_rows(b.numpy(), count, self.width, self.form) for b, count in buffers])
         out = torch.zeros(self.record.count, self.width, dtype=torch.float32)

@@ -73,7 +73,7 @@ class TPGroup:
         parts = [part.flatten() for part in _bytes(rows).split(list(self.counts))]
         sizes = [self.counts[me] * width] * len(self.ranks)
         came = self.comm.exchange("attention", self.ranks, parts, sizes)
-        out = torch.zeros(self.counts[me], rows.shape[1], dtype=torch.float32)
+        out = torch.zeros(self.counts[me], rows.shape[1], dtype=torch.float32, device=rows.device)
         for part in came:
             out += part.view(rows.dtype).view(out.shape)
         return out.to(rows.dtype)
@@ -84,13 +84,13 @@ class TPGroup:
         order = np.argsort(owners, kind="stable")  # what comes is in the order of the ranks
         me = self.ranks.index(self.comm.rank)
         first = int(ends[me]) - self.counts[me]
-        own = torch.from_numpy(np.asarray(wanted, dtype=np.int64)[owners == me] - first)
+        own = torch.from_numpy(np.asarray(wanted, dtype=np.int64)[owners == me] - first).to(mine.device)
         counts = np.bincount(owners, minlength=len(self.ranks)).tolist()
         (came,) = TPGroup(self.comm, self.ranks, counts).all_gather(mine[own])
-        return came[torch.from_numpy(np.argsort(order))]
+        return came[torch.from_numpy(np.argsort(order)).to(mine.device)]
 
     def gather_columns(self, part: Tensor) -> Tensor | None:
-        data, nothing = _bytes(part).flatten(), torch.empty(0, dtype=torch.uint8)
+        data, nothing = _bytes(part).flatten(), part.new_empty(0, dtype=torch.uint8)
         parts = [data if rank == self.ranks[0] else nothing for rank in self.ranks]
         sizes = [data.numel() if self.leads else 0] * len(self.ranks)
         came = self.comm.exchange("attention", self.ranks, parts, sizes)

@@ -41,7 +41,7 @@ class Gathering:
         return self._comm.start("counts", ranks, [part] * len(ranks), [part.numel()] * len(ranks))
 
     def _arrived(self) -> Counts:
-        return np.concatenate([part.numpy() for part in self._transfer.wait()]).view(self._mine.dtype)
+        return np.concatenate([part.cpu().numpy() for part in self._transfer.wait()]).view(self._mine.dtype)
 
 
 class Replicas:

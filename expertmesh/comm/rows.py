@@ -32,7 +32,18 @@ def format_name(dtype: torch.dtype) -> str:
 
 
 def quantise(x_TD: Tensor, form: Format) -> Rows:
-    """Rows in a format: as they are, or with a scale for every block of numbers, symmetric around 0."""
+    """Rows in a format, in a processor's memory."""
+    return tuple(part.numpy() for part in quantised(x_TD, form))
+
+
+def dequantise(rows: Rows, form: Format, dtype: torch.dtype) -> Tensor:
+    """Rows in the model's type."""
+    return restored([torch.from_numpy(part) for part in rows], form, dtype)
+
+
+def quantised(x_TD: Tensor, form: Format) -> tuple[Tensor, ...]:
+    """Bytes of rows in a format, each [T, bytes of a row], where they lie: as they are, or with a scale for every block
+    of numbers, symmetric around 0."""
     if not form.scaled:
         return (_bytes(x_TD.to(DTYPES[form.name])),)
     blocks = _blocks(x_TD.float(), form)
@@ -43,19 +54,18 @@ def quantise(x_TD: Tensor, form: Format) -> Rows:
     return _bytes((numbers.round() if form.name == "int8" else numbers).to(DTYPES[form.name])), _bytes(scale)
 
 
-def dequantise(rows: Rows, form: Format, dtype: torch.dtype) -> Tensor:
-    """Rows in the model's type."""
-    numbers = torch.from_numpy(rows[0]).view(DTYPES[form.name])
+def restored(parts: Sequence[Tensor], form: Format, dtype: torch.dtype) -> Tensor:
+    """The rows of such bytes in the model's type."""
+    numbers = parts[0].view(DTYPES[form.name])
     if not form.scaled:
         return numbers.to(dtype)
-    scale = torch.from_numpy(rows[1]).view(torch.float32)
+    scale = parts[1].view(torch.float32)
     return (_blocks(numbers.float(), form) * scale.unsqueeze(-1)).flatten(1)[:, : numbers.shape[1]].to(dtype)
 
 
-def _bytes(rows: Tensor) -> Bytes:
+def _bytes(rows: Tensor) -> Tensor:
     # By way of one axis: without any rows, two may have strides that torch finds no way around.
-    found: Bytes = rows.contiguous().flatten().view(torch.uint8).numpy()
-    return found.reshape(len(rows), rows.shape[1] * rows.dtype.itemsize)
+    return rows.contiguous().flatten().view(torch.uint8).view(len(rows), rows.shape[1] * rows.dtype.itemsize)
 
 
 def _blocks(x_TD: Tensor, form: Format) -> Tensor:

@@ -19,7 +19,7 @@ from expertmesh.launch.launcher import Here, Launcher
 from expertmesh.launch.rollcall import Rendezvous
 from expertmesh.launch.torchrun import Assignment, Torchrun, end_with_parent, leading, work
 from expertmesh.mesh.topology import Topology
-from expertmesh.mesh.traffic import ALGORITHMS
+from expertmesh.mesh.traffic import ALGORITHMS, NATIVE
 
 TOPOLOGY_OPTIONS = (
     ("nodes", int, "nodes of the cluster (default: 1)"),
@@ -28,7 +28,12 @@ TOPOLOGY_OPTIONS = (
 )
 CLUSTER_OPTIONS = (
     ("ranks", str, "threads of this process (default), or processes, which they are on several machines"),
-    ("exchange", str, f"how rows reach their experts: {', '.join(ALGORITHMS)} (default: two_tier)"),
+    (
+        "exchange",
+        str,
+        f"how rows reach their experts: {', '.join(ALGORITHMS)} (default: two_tier); between cards also "
+        f"{', '.join(NATIVE)}",
+    ),
     ("redundant", int, "slots of a layer for replicas of experts (default: 0)"),
     (
         "overlap",

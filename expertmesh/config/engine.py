@@ -31,9 +31,10 @@ class EngineConfig:
     prefix_cache: whether requests share the pages of equal beginnings.
     strict: refuse to start where an op would run on its reference.
     Of several ranks: ranks: "threads" of this process, which share weights and start at once, or "processes", of this
-    machine or of many. exchange: the algorithm that takes rows to their experts (`mesh.traffic`). redundant: slots of
-    a layer beyond one per expert, for replicas. timeout: seconds after which a process that does not answer has failed;
-    computing is no reason not to. overlap: whether a step is cut into two micro-batches, of which one computes while
+    machine or of many. exchange: the algorithm that takes rows to their experts (`mesh.traffic`): ours or, between
+    cards, a native one, which shares rows out to replicas evenly. redundant: slots of a layer beyond one per expert,
+    for replicas. timeout: seconds after which a process that does not answer has failed; computing is no reason not
+    to. overlap: whether a step is cut into two micro-batches, of which one computes while
     the rows of the other travel: "on", "off", or "auto", which tries and keeps what is faster (`engine.plan`); with
     it, sums of floating-point numbers may differ in their last bits from run to run. split: how each step's rows are
     shared out to the replicas of an expert (`comm.replicas`): "now", "last", "even", or "auto", which finds out

@@ -43,6 +43,10 @@ class Engine:
     ) -> None:
         self.model = ModelConfig.from_folder(folder)
         self.layout = Layout.of(self.model, topology or Topology(), config.exchange, config.redundant)
+        if self.layout.how.native is not None and config.split not in ("auto", "even"):
+            raise InputError(
+                f"exchange {config.exchange} shares rows out to replicas evenly; leave out split {config.split}"
+            )
         intake = Intake.of(folder, self.model)
         checkpoint = open_checkpoint(folder, self.model)
         self.kernels = kernels = kernels_for("cpu", config.dtype_of(self.model), config.strict)
@@ -81,7 +85,9 @@ class Engine:
         """Ways to share rows out to replicas that the planner may use. Where no wire is waited for, counts of the same
         step cost nothing but their own time, and nothing is tried: such a run repeats itself."""
         slots = self.layout.placement.slots_LRS
-        if self.layout.topology.ranks == 1 or int((slots[:1] >= 0).sum()) <= self.model.n_routed_experts:
+        if self.layout.how.native is not None or self.layout.topology.ranks == 1:
+            return ("even",)
+        if int((slots[:1] >= 0).sum()) <= self.model.n_routed_experts:
             return ("even",)
         if self.config.split != "auto":
             return (self.config.split,)

@@ -12,7 +12,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from expertmesh.comm.exchange import TieredExchange
+from expertmesh.comm.base import MovingExchange
 from expertmesh.kernels.packed import slot_bytes
 from expertmesh.mesh.migration import Move
 from expertmesh.mesh.placement import Placement
@@ -23,7 +23,7 @@ from expertmesh.model.moe import MoE
 class Mover:
     """Of one rank."""
 
-    def __init__(self, model: DeepSeek, exchange: TieredExchange) -> None:
+    def __init__(self, model: DeepSeek, exchange: MovingExchange) -> None:
         self._model, self._exchange, self._comm = model, exchange, exchange.comm
         self._spare: Tensor | None = None
 
@@ -41,7 +41,12 @@ class Mover:
         mine = [m for m in moves if m.source == me]
         parts = [
             _joined(
-                [self._piece(m, start, stop) for m in mine if topology.node_of(m.rank) == topology.node_of(p)]
+                [
+                    self._piece(m, start, stop)
+                    for m in mine
+                    if topology.node_of(m.rank) == topology.node_of(p)
+                ],
+                comm.device,
             )
             for p in across
         ]
@@ -51,15 +56,14 @@ class Mover:
             for p, part in zip(across, came, strict=True)
             for m, piece in zip(over(p), part.split(size), strict=False)
         }
-        parts = [held.get(p, _joined([])) for p in inside]
+        parts = [held.get(p, _joined([], comm.device)) for p in inside]
         to_me = next((m for m in moves if m.rank == me), None)
         relay = None if to_me is None else inside[topology.card_of(to_me.source)]
         came = comm.exchange("weights", inside, parts, [size * (p == relay) for p in inside])
         if to_me is not None:
             if self._spare is None:
-                self._spare = torch.empty(
-                    sum(p.numel() for p in self._parts(to_me.layer, 0)), dtype=torch.uint8
-                )
+                size_of_slot = sum(p.numel() for p in self._parts(to_me.layer, 0))
+                self._spare = torch.empty(size_of_slot, dtype=torch.uint8, device=comm.device)
             self._spare[start:stop] = torch.cat(list(came))
 
     def checksums(self, moves: Sequence[Move]) -> list[int | None]:
@@ -84,7 +88,7 @@ class Mover:
             for part in self._parts(m.layer, m.slot):
                 part.copy_(self._spare[first : first + part.numel()])
                 first += part.numel()
-        self._exchange.replicas.put(placement)
+        self._exchange.put(placement)
 
     def _moe(self, layer: int) -> MoE:
         moe = self._model.layers[layer][1]
@@ -101,13 +105,13 @@ class Mover:
         for part in self._parts(move.layer, move.source_slot):
             pieces.append(part[max(0, start - first) : max(0, stop - first)])
             first += part.numel()
-        return _joined(pieces)
+        return _joined(pieces, self._comm.device)
 
 
 def _checksum(parts: Sequence[Tensor]) -> int:
     """Of all parts one after the other."""
-    return reduce(lambda sum_, part: zlib.crc32(part.numpy().data, sum_), parts, 0)
+    return reduce(lambda sum_, part: zlib.crc32(part.cpu().numpy().data, sum_), parts, 0)
 
 
-def _joined(pieces: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(pieces)) if pieces else torch.empty(0, dtype=torch.uint8)
+def _joined(pieces: Sequence[Tensor], device: torch.device) -> Tensor:
+    return torch.cat(list(pieces)) if pieces else torch.empty(0, dtype=torch.uint8, device=device)

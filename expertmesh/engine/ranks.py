@@ -125,6 +125,9 @@ def resolve_memory(
     model, topology = checkpoint.config, layout.topology
     if sharing > MOST_RANKS:
         raise InputError(f"{sharing} ranks on one machine; at most {MOST_RANKS} are possible")
+    if layout.how.native is not None:
+        package = layout.how.native
+        raise InputError(f"exchange {layout.how.name} is {package}'s, between cards; on CPUs take two_tier")
     dtype = config.dtype_of(model)
     shards = shards_of(layout, config)
     config.check_precision(model)

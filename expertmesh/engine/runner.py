@@ -4,15 +4,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from expertmesh.comm.alone import Alone
-from expertmesh.comm.base import Collectives, Exchange, Group
-from expertmesh.comm.exchange import TieredExchange
+from expertmesh.comm.base import Collectives, Exchange, Group, MovingExchange
 from expertmesh.config import EngineConfig
 from expertmesh.engine import sampler
 from expertmesh.engine.moving import Mover
@@ -50,9 +49,7 @@ class Runner:
     @cached_property
     def mover(self) -> Mover:
         """Of a rank of several."""
-        exchange = self.collectives.exchange
-        assert isinstance(exchange, TieredExchange)
-        return Mover(self.model, exchange)
+        return Mover(self.model, cast(MovingExchange, self.collectives.exchange))
 
     @torch.inference_mode()
     def run(self, batch: Batch, plan: Plan) -> StepResult:

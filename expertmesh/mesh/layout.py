@@ -26,7 +26,7 @@ class Layout:
         if resolved.ranks > 1 and model.moe_layers:
             check_choices(model.num_experts_per_tok)
         placement = default_placement(model.n_routed_experts, model.moe_layers, resolved, redundant)
-        return Layout(resolved, placement, algorithm(exchange))
+        return Layout(resolved, placement, algorithm(exchange, native=True))
 
     def to_plain(self) -> dict[str, Any]:
         """As plain data, for other processes."""
@@ -41,4 +41,5 @@ class Layout:
         # A model without experts has no layers here to see the shape from.
         shape = (len(p["layers"]), topology.ranks, p["slots_per_rank"])
         slots = np.array(p["slots"], dtype=np.int64).reshape(shape)
-        return Layout(topology, Placement(slots, p["experts"], tuple(p["layers"])), algorithm(data["how"]))
+        placement = Placement(slots, p["experts"], tuple(p["layers"]))
+        return Layout(topology, placement, algorithm(data["how"], native=True))

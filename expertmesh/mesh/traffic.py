@@ -60,12 +60,13 @@ class Hop:
 @dataclass(frozen=True)
 class Algorithm:
     """hops: from the rows' owner to the experts. dispatch, combine: formats on the first hop, the one that crosses
-    nodes; None for the model's own."""
+    nodes; None for the model's own; native: the package whose exchange it is, where it is not ours."""
 
     name: str
     hops: tuple[Hop, ...]
     dispatch: str | None = None
     combine: str | None = None
+    native: str | None = None
 
     def peers(self, topology: Topology, rank: int) -> set[int]:
         """The ranks that this one talks with, those of its node among them."""
@@ -98,13 +99,24 @@ ALGORITHMS = {
         Algorithm("two_tier_fp8_both", (_ACROSS, _INSIDE), "fp8", "fp8"),
     )
 }
+# Exchanges that makers of cards offer (`comm.cards`). Copies take these hops, but what is sent is not ours to count.
+NATIVE = {
+    a.name: a
+    for a in (
+        Algorithm("npu_distribute", (_ACROSS, _INSIDE), native="torch_npu"),
+        Algorithm("npu_distribute_int8", (_ACROSS, _INSIDE), "int8", native="torch_npu"),
+        Algorithm("deepep", (_ACROSS, _INSIDE), native="deep_ep"),
+        Algorithm("deepep_fp8", (_ACROSS, _INSIDE), "fp8", native="deep_ep"),
+    )
+}
 
 
-def algorithm(name: str) -> Algorithm:
-    """The algorithm of this name. InputError where there is none."""
-    if name not in ALGORITHMS:
-        raise InputError(f"exchange {name!r} is not one of {', '.join(ALGORITHMS)}")
-    return ALGORITHMS[name]
+def algorithm(name: str, native: bool = False) -> Algorithm:
+    """The algorithm of this name; native: it may be one of those too. InputError where there is none."""
+    known = ALGORITHMS | NATIVE if native else ALGORITHMS
+    if name not in known:
+        raise InputError(f"exchange {name!r} is not one of {', '.join(known)}")
+    return known[name]
 
 
 def check_choices(experts_per_token: int) -> None:

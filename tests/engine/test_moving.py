@@ -21,6 +21,7 @@ from expertmesh.mesh.migration import rounds
 from expertmesh.mesh.placement import EMPTY, Placement
 from expertmesh.mesh.traffic import algorithm
 from expertmesh.model.moe import MoE
+from tests.comm.cards.world import CardWorld
 from tests.support.cluster import placements, topologies
 from tests.support.worlds import EVERY_WORLD, WORLDS, Worlds
 
@@ -97,7 +98,7 @@ def carry_out(change: Change, portion: int, world: Worlds) -> tuple[Placement, l
 
 
 @settings(max_examples=60)
-@given(changes(), st.sampled_from([5, 7, 48, 50, BYTES, BYTES + 9]), WORLDS)
+@given(changes(), st.sampled_from([5, 7, 48, 50, BYTES, BYTES + 9]), WORLDS | st.just(CardWorld))
 def test_every_slot_gets_its_expert(change: Change, portion: int, world: Worlds) -> None:
     """Over rails and inside nodes, in portions that end anywhere."""
     end, moes = carry_out(change, portion, world)
@@ -108,7 +109,7 @@ def test_every_slot_gets_its_expert(change: Change, portion: int, world: Worlds)
                 assert torch.equal(moe.gate_up[slot], gate_up) and torch.equal(moe.down[slot], down)
 
 
-@pytest.mark.parametrize("world", EVERY_WORLD, ids=["threads", "sockets", "memory"])
+@pytest.mark.parametrize("world", [*EVERY_WORLD, CardWorld], ids=["threads", "sockets", "memory", "cards"])
 def test_what_crosses_nodes_stays_on_its_rail(world: Worlds) -> None:
     """An expert of rank 1 comes to rank 2 by way of rank 3, and each link carries it once."""
     topology = Topology(2, 2, 1)
