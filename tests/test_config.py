@@ -288,6 +288,17 @@ def test_context_beyond_the_model_is_refused() -> None:
         EngineConfig(max_context=513).resolve(MODEL, 1 << 30)
 
 
+def test_pages_are_what_kernels_read_best() -> None:
+    assert EngineConfig().paged(()).page_size == 32 == EngineConfig().resolve(MODEL, 1 << 30).page_size
+    assert EngineConfig().paged((128, 16)).page_size == 128
+    assert EngineConfig(page_size=16).paged((128, 16)).page_size == 16
+    assert EngineConfig(page_size=5).paged(()).page_size == 5
+    with pytest.raises(
+        InputError, match=r"^page_size is 5, but kernels here read pages of 128 or 16 tokens alone$"
+    ):
+        EngineConfig(page_size=5).paged((128, 16))
+
+
 @pytest.mark.parametrize(
     "name", ["max_context", "max_batch_tokens", "max_batch_requests", "chunk", "page_size", "cache_tokens"]
 )

@@ -8,6 +8,7 @@ from expertmesh.config.precision import Precision
 from expertmesh.errors import InputError
 
 LONGEST = 86_400  # seconds
+PAGE_SIZE = 32  # tokens, where kernels read any
 EVERY = r"every=([1-9][0-9]{0,8})"
 PREFIXES = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
@@ -24,7 +25,7 @@ class EngineConfig:
     max_batch_tokens: token rows of one step; at least max_batch_requests, so that decoding never starves.
     max_batch_requests: requests that run at the same time; the others wait.
     chunk: most prompt tokens of one request in one step (chunked prefill); None for no limit but the step's.
-    page_size: tokens in one page of the latent cache.
+    page_size: tokens in one page of the latent cache; by default what kernels read best, 32 on a CPU.
     cache_tokens: tokens that the latent cache holds in all.
     memory_per_rank: what a rank may hold of weights and cache together, such as "64GB" or "512MiB": the cache then
     takes all that the weights leave, which settles cache_tokens.
@@ -48,7 +49,7 @@ class EngineConfig:
     max_batch_tokens: int = 2048
     max_batch_requests: int = 64
     chunk: int | None = None
-    page_size: int = 32
+    page_size: int | None = None
     cache_tokens: int | None = None
     memory_per_rank: str | None = None
     prefix_cache: bool = True
@@ -118,20 +119,32 @@ class EngineConfig:
                 "quantise fp8 keeps FP8 blocks of 128 x 128 as a checkpoint has them, and this one has none"
             )
 
+    def paged(self, readable: tuple[int, ...]) -> "EngineConfig":
+        """With page_size settled. readable: those that kernels can read, the best first, none where they read any.
+        InputError where the one that was asked for is none of them."""
+        if self.page_size is None:
+            return replace(self, page_size=readable[0] if readable else PAGE_SIZE)
+        if readable and self.page_size not in readable:
+            sizes = " or ".join(map(str, readable))
+            raise InputError(
+                f"page_size is {self.page_size}, but kernels here read pages of {sizes} tokens alone"
+            )
+        return self
+
     def within(self, model: ModelConfig, weights: int) -> "EngineConfig":
         """With a cache of all that the weights, bytes of a rank, leave of memory_per_rank; the same where there is no
         such limit. InputError where they leave too little for a page."""
         if self.memory_per_rank is None:
             return self
-        limit = parse_size("memory_per_rank", self.memory_per_rank)
-        per_page = cache_bytes_per_token(model, self.dtype_of(model)) * self.page_size
+        limit, page = parse_size("memory_per_rank", self.memory_per_rank), self.page_size or PAGE_SIZE
+        per_page = cache_bytes_per_token(model, self.dtype_of(model)) * page
         if limit < weights + per_page:
             raise InputError(
                 f"memory_per_rank {self.memory_per_rank} is too little: the weights of a rank take {weights} bytes and "
                 f"a page of the cache {per_page}; allow more, or take more ranks"
             )
         pages = (limit - weights) // per_page
-        return replace(self, memory_per_rank=None, cache_tokens=pages * self.page_size)
+        return replace(self, memory_per_rank=None, cache_tokens=pages * page)
 
     def resolve(self, model: ModelConfig, free_bytes: int, ranks: int = 1) -> "EngineConfig":
         """Fill in what is open. free_bytes: memory left for the caches of `ranks` ranks once the weights are in
@@ -143,19 +156,20 @@ class EngineConfig:
                 f"max_context {max_context} is more than the model's {model.max_position_embeddings} positions"
             )
         per_token = cache_bytes_per_token(model, dtype)
-        cache_tokens = self.cache_tokens
+        cache_tokens, page = self.cache_tokens, self.page_size or PAGE_SIZE
         if cache_tokens is None:
             # Enough for every running request at full length, but no more than half of what is free, nor more
             # than 1 GiB in all (or 64 MiB a rank): pages are touched on first use, and a laptop has other work.
             most = max((1 << 30) // ranks, 1 << 26)
             wanted = min(max_context * self.max_batch_requests, most // per_token)
-            cache_tokens = max(self.page_size, min(wanted, free_bytes // ranks // 2 // per_token))
-        pages = -(-cache_tokens // self.page_size)
+            cache_tokens = max(page, min(wanted, free_bytes // ranks // 2 // per_token))
+        pages = -(-cache_tokens // page)
         return replace(
             self,
             dtype=dtype,
-            max_context=min(max_context, pages * self.page_size),
-            cache_tokens=pages * self.page_size,
+            max_context=min(max_context, pages * page),
+            cache_tokens=pages * page,
+            page_size=page,
             chunk=self.chunk or self.max_batch_tokens,
         )
 

@@ -220,6 +220,6 @@ class Engine:
 
 def _scheduler(c: EngineConfig) -> Scheduler:
     """Scheduler and cache of one TP group."""
-    assert c.cache_tokens and c.max_context and c.chunk  # resolved
+    assert c.cache_tokens and c.max_context and c.chunk and c.page_size  # resolved
     cache = PageCache(c.cache_tokens // c.page_size, c.page_size, c.prefix_cache)
     return Scheduler(cache, c.max_batch_tokens, c.max_batch_requests, c.chunk, c.max_context)

@@ -137,7 +137,7 @@ def resolve_memory(
     )  # all ranks have as many slots
     if moves_experts(model, topology, config.rebalance):
         kinds["spare"] = expert_bytes(model, dtype, config.quantise, packed)
-    config = config.within(model, sum(kinds.values()))
+    config = config.paged(kernels.page_sizes).within(model, sum(kinds.values()))
     weights = sum(kinds.values()) * sharing
     if together:
         made: dict[Hashable, Made] = {}

@@ -21,7 +21,7 @@ class Replay:
     def __init__(
         self, graph: Graph, config: EngineConfig, compute: Callable[[Tensor, Tensor, AttentionRows], Tensor]
     ) -> None:
-        assert config.max_context
+        assert config.max_context and config.page_size
         self._graph, self._compute, self._page = graph, compute, config.page_size
         requests, pages = config.max_batch_requests, -(-config.max_context // config.page_size)
         self._tokens, self._positions, self._slots, self._lengths = (

@@ -1,12 +1,10 @@
 """One rank: the weights, the cache's memory, and one step of the model over a batch."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,10 +32,15 @@ class Runner:
     def __init__(self, model: DeepSeek, config: EngineConfig, collectives: Collectives) -> None:
         self.model, self.config, self.collectives = model, config, collectives
         self.device = model.norm.device
-        pages = (config.cache_tokens or 0) // config.page_size
-        shape = (pages, config.page_size, model.config.latent_dim)
+        assert config.page_size
+        self.page_size = config.page_size
+        pages = (config.cache_tokens or 0) // self.page_size
+        c = model.config
         self.cache = [
-            _lazy_zeros(shape, model.norm.dtype, self.device) for _ in range(model.config.num_hidden_layers)
+            model.kernels.cache(
+                pages, self.page_size, c.kv_lora_rank, c.qk_rope_head_dim, model.norm.dtype, self.device
+            )
+            for _ in range(c.num_hidden_layers)
         ]
         self.cos, self.sin = rotary_table(model.config, config.max_context or 1)
         self.loads = Loads(model.kernels.count)
@@ -95,7 +98,7 @@ class Runner:
 
     def _step(self, batch: Batch, group: Group, exchange: Exchange) -> Step:
         """Positions, cache slots and pages of every row, from plain lists to tensors once."""
-        size = self.config.page_size
+        size = self.page_size
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -185,17 +188,6 @@ def _asked(batch: Batch) -> _Asked:
         if part.samples:
             sampling.append((first - 1, request))
     return _Asked(sampling, judged)
-
-
-def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros whose memory is taken when it is first written: a cache sized for the worst case costs nothing at first.
-
-    Zeros and not just any memory, since attention reads whole pages and masks what is not written yet.
-    """
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    flat = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(flat).view(dtype).view(shape)
 
 
 # Rows whose logits are held at a time for prompt_logprobs: 128 of V3's vocabulary are 66 MB.

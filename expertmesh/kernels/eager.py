@@ -114,16 +114,22 @@ def _attend_expanded(
 ) -> Tensor:
     heads, nope, latent = q_THN.shape[1], q_THN.shape[2], kv_b.shape[-1]
     up = linear(known[:, :latent], kv_b).view(prefill.length, heads, -1)
-    value_dim = up.shape[-1] - nope
     keys = torch.cat((up[..., :nope], known[:, None, latent:].expand(-1, heads, -1)), dim=-1)
-    query = torch.cat((q_THN, q_THP), dim=-1)
+    return attend_expanded(torch.cat((q_THN, q_THP), dim=-1), keys, up[..., nope:], prefill, scale)
+
+
+def attend_expanded(
+    query_THX: Tensor, keys_LHX: Tensor, values_LHV: Tensor, prefill: Prefill, scale: float
+) -> Tensor:
+    """Causal attention of the rows of a prompt. Returns [T, H * V]."""
     # The fused kernels want heads of one size.
-    width = max(keys.shape[-1], value_dim)
+    width, value_dim = max(keys_LHX.shape[-1], values_LHV.shape[-1]), values_LHV.shape[-1]
     q, k, v = (
-        pad(t, (0, width - t.shape[-1])).transpose(0, 1).unsqueeze(0) for t in (query, keys, up[..., nope:])
+        pad(t, (0, width - t.shape[-1])).transpose(0, 1).unsqueeze(0)
+        for t in (query_THX, keys_LHX, values_LHV)
     )
     whole = prefill.count == prefill.length
-    mask = None if whole else ~_later(prefill, known.device)
+    mask = None if whole else ~_later(prefill, query_THX.device)
     out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole, scale=scale)
     return out[0, ..., :value_dim].transpose(0, 1).flatten(1)
 

@@ -1,10 +1,17 @@
-"""Memory for weights, in huge pages where the system has them: reading them once a token misses the TLB otherwise."""
+"""Memory for weights, in huge pages where the system has them: reading them once a token misses the TLB otherwise; and
+for the latent cache."""
 
+import math
 import mmap
 from contextlib import suppress
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
+
+# What kernels keep the latent cache of a layer in: made, written and read by the same kernels.
+Cache: TypeAlias = Any
 
 HUGE = 2 << 20
 SLAB = 32 << 20
@@ -50,3 +57,21 @@ class Kept:
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros whose memory is taken when it is first written: a cache sized for the worst case costs nothing at first.
+
+    Zeros and not just any memory, since attention reads whole pages and masks what is not written yet.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    flat = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(flat).view(dtype).view(shape)
+
+
+def latent_cache(
+    pages: int, page: int, latent: int, rope: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Of one layer, [pages, page, C + P]: a token's latent, and behind it the rotated key that all heads share."""
+    return zeros((pages, page, latent + rope), dtype, device)

@@ -232,10 +232,10 @@ LatentUp: TypeAlias = Any
 
 def slot_bytes(weight: Weight, slot: int) -> list[Tensor]:
     """The memory of one slot's [N, K] as bytes, which is what moves when an expert does."""
-    if isinstance(weight, Packed):
-        return weight.slot_bytes(slot)
-    assert isinstance(weight, Tensor)
-    return [weight[slot].view(torch.uint8).flatten()]
+    if isinstance(weight, Tensor):
+        return [weight[slot].view(torch.uint8).flatten()]
+    parts: list[Tensor] = weight.slot_bytes(slot)
+    return parts
 
 
 def _word(number: int) -> ctypes.c_int64:

@@ -5,10 +5,11 @@ S slots per rank, L layers, R rank or received rows, C latent. Here also: N and 
 rotary position and of its value; P the rotary part.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from expertmesh.config import ModelConfig
@@ -16,7 +17,9 @@ from expertmesh.config.precision import Format
 from expertmesh.errors import InputError
 from expertmesh.kernels import eager, reference
 from expertmesh.kernels.cpu import Cpu, variants
-from expertmesh.kernels.memory import Kept
+from expertmesh.kernels.memory import Cache, Kept, latent_cache
+from expertmesh.kernels.npu import cache
+from expertmesh.kernels.npu.contracts import PUBLISHED, Limit
 from expertmesh.kernels.packed import LatentUp, Weight
 from expertmesh.kernels.tape import Graph
 from expertmesh.kernels.types import AttentionRows, Queries, Rotary, Routing
@@ -36,6 +39,14 @@ class NewLatentUp(Protocol):
     """Memory for the up-projection of the latents, [heads * (nope + value), latent]."""
 
     def __call__(self, heads: int, nope: int, value: int, latent: int, kept: Kept) -> LatentUp: ...
+
+
+class NewCache(Protocol):
+    """The latent cache of one layer, zeros: each token has a latent [C] and a rotated key [P] that all heads share."""
+
+    def __call__(
+        self, pages: int, page: int, latent: int, rope: int, dtype: torch.dtype, device: torch.device
+    ) -> Cache: ...
 
 
 class Linear(Protocol):
@@ -66,7 +77,7 @@ class MlaUp(Protocol):
 
     def __call__(
         self, c_q: Tensor, c_kv_TC: Tensor, k_TP: Tensor, q_b: Weight, kv_b: LatentUp, rotary: Rotary,
-        rows: AttentionRows, cache: Tensor, heads: int,
+        rows: AttentionRows, cache: Cache, heads: int,
     ) -> Queries: ...  # fmt: skip
 
 
@@ -75,7 +86,7 @@ class MlaPrologue(Protocol):
 
     def __call__(
         self, x_TD: Tensor, norm_D: Tensor, eps: float, a: Weight, bias_X: Tensor | None, q_norm: Tensor | None,
-        kv_norm_C: Tensor, q_b: Weight, kv_b: LatentUp, rotary: Rotary, rows: AttentionRows, cache: Tensor, heads: int,
+        kv_norm_C: Tensor, q_b: Weight, kv_b: LatentUp, rotary: Rotary, rows: AttentionRows, cache: Cache, heads: int,
     ) -> Queries: ...  # fmt: skip
 
 
@@ -89,7 +100,7 @@ class MlaAttention(Protocol):
         self,
         queries: Queries,
         rows: AttentionRows,
-        cache: Tensor,
+        cache: Cache,
         kv_b: LatentUp,
         scale: float,
         value_dim: int,
@@ -119,8 +130,10 @@ class Experts(Protocol):
 @dataclass(frozen=True)
 class Kernels:
     """One implementation per op. de_interleaved: weights have the rows of rotary parts in the order of halves
-    (`places.de_interleaved`), whatever the checkpoint has; graph: what records a step's ops and runs them again in one
-    call, where there is such; lacking: why the device's own kernels are not there, where they should be."""
+    (`places.de_interleaved`), whatever the checkpoint has; cache: makes the latent cache as these kernels have it in
+    memory; page_sizes: tokens of a page that they can read, the best first, none where they read any; graph: what
+    records a step's ops and runs them again in one call, where there is such; lacking: why the device's own kernels are
+    not there, where they should be."""
 
     matrix: Matrix
     latent_up: NewLatentUp
@@ -139,6 +152,8 @@ class Kernels:
     experts: Experts
     origin: dict[str, str]
     de_interleaved: bool = False
+    cache: NewCache = latent_cache
+    page_sizes: tuple[int, ...] = ()
     graph: Graph | None = None
     lacking: str = ""
 
@@ -148,11 +163,12 @@ class Kernels:
         return [op for op, origin in self.origin.items() if origin == "reference"]
 
 
-OPS = tuple(f.name for f in fields(Kernels) if f.name not in ("origin", "de_interleaved", "graph", "lacking"))
+# Fields without a default are implementations of ops.
+OPS = tuple(f.name for f in fields(Kernels) if f.default is MISSING and f.name != "origin")
 
 
-# Kinds of devices whose kernels are in Triton, and the package that compiles for them.
-ACCELERATORS = {"cuda": "triton", "npu": "triton-ascend"}
+# Kinds of devices that are accelerators, and the package that gives them kernels.
+ACCELERATORS = {"cuda": "triton", "npu": "torch-npu"}
 
 
 def kernels_for(device_type: str, dtype: str = "float32", strict: bool = False) -> Kernels:
@@ -182,7 +198,18 @@ def kernels_of(graph: Cpu | None) -> Kernels:
 
 
 def accelerated(device_type: str) -> Kernels:
-    """The fastest version of every op, with kernels in Triton. NotBuilt where Triton is not installed."""
+    """The fastest version of every op on an accelerator. NotBuilt where what it is made of is not installed.
+
+    On Ascend torch_npu's own ops where it is, for all ops, and kernels in Triton where it is not. No op is taken from
+    both: they want weights and cache in different orders, and memory has room for one. Its own win since matrix units
+    read FRACTAL_NZ through them alone, and since rows that decode take one launch for the whole prologue.
+    """
+    if device_type == "npu":
+        try:
+            return fused_by_ascend()
+        except ImportError as error:
+            if error.name != "torch_npu":
+                raise NotBuilt(f"torch_npu does not load ({error}); set up CANN (set_env.sh)") from None
     try:
         from expertmesh.kernels.triton import attention, moe
     except ModuleNotFoundError as error:
@@ -191,6 +218,19 @@ def accelerated(device_type: str) -> Kernels:
         package = ACCELERATORS[device_type]
         raise NotBuilt(f"{package} is not installed; pip install {package}") from None
     return replace(_fastest([("triton", attention), ("triton", moe)]), de_interleaved=True)
+
+
+def fused_by_ascend(limits: Mapping[str, Limit] = PUBLISHED) -> Kernels:
+    """Ops of torch_npu. limits: of the card, as published. ImportError where it is not installed or does not load."""
+    from expertmesh.kernels.npu.attention import Attention
+    from expertmesh.kernels.npu.moe import Moe
+    from expertmesh.kernels.npu.ops import Ops
+    from expertmesh.kernels.npu.products import Products
+
+    ops = Ops(limits)
+    products = Products(ops)
+    made = _fastest([("torch_npu", own) for own in (products, Attention(ops, products), Moe(ops, products))])
+    return replace(made, cache=cache.latent_cache, page_sizes=cache.PAGE_SIZES)
 
 
 def _fastest(own: list[tuple[str, Any]]) -> Kernels:

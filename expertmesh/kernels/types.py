@@ -50,6 +50,17 @@ class Rotary:
     def sin(self) -> Tensor:
         return self.sines[self.positions_T, None]
 
+    def whole(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the rows for all numbers of a head in the order of halves, [T, P] each; made once."""
+        if dtype not in self._whole:
+            pair = (torch.cat((t, t), dim=-1).squeeze(1).to(dtype) for t in (self.cos, self.sin))
+            self._whole[dtype] = (next(pair), next(pair))
+        return self._whole[dtype]
+
+    @cached_property
+    def _whole(self) -> dict[torch.dtype, tuple[Tensor, Tensor]]:
+        return {}
+
 
 @dataclass(frozen=True)
 class Queries:
@@ -92,6 +103,16 @@ class AttentionRows:
     pages_BM: Tensor
     lengths_B: Tensor
     prefills: tuple[Prefill, ...]
+
+    @cached_property
+    def known(self) -> list[int]:
+        """lengths_B for ops that want them on the host."""
+        lengths: list[int] = self.lengths_B.tolist()
+        return lengths
+
+    @cached_property
+    def pages_int32(self) -> Tensor:
+        return self.pages_BM.to(torch.int32)
 
 
 def rotary_table(config: ModelConfig, positions: int) -> tuple[Tensor, Tensor]:

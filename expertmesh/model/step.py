@@ -8,6 +8,7 @@ from torch import Tensor
 
 from expertmesh.comm.base import Exchange, Group
 from expertmesh.kernels import AttentionRows, Rotary
+from expertmesh.kernels.memory import Cache
 
 
 class Loads:
@@ -35,13 +36,13 @@ class Loads:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the model. tokens_T are the TP group's rows; cache has one paged tensor [pages, page, C + P] per
-    layer; rotary and rows belong to the group's rows."""
+    """One step of the model. tokens_T are the TP group's rows; cache has the paged latents of each layer
+    (`kernels.table.NewCache`); rotary and rows belong to the group's rows."""
 
     tokens_T: Tensor
     rotary: Rotary
     rows: AttentionRows
-    cache: list[Tensor]
+    cache: list[Cache]
     tp: Group
     exchange: Exchange
     loads: Loads

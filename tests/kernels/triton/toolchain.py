@@ -2,18 +2,17 @@
 puts them, each in a folder of its own since two of them are packages of one name, where tests look for them."""
 
 import argparse
-import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[3]
-FOLDER = Path.home() / ".cache" / "expertmesh" / "kernel-compilers"
+from tests.kernels import installed
+from tests.kernels.installed import ROOT
+
 # Without what they depend on: torch and numpy are the project's, but where a compiler wants an older one.
 PACKAGES = {
     "triton": ("triton==3.7.1",),
@@ -51,8 +50,7 @@ CHECKS = {
 
 
 def place(package: str) -> Path:
-    """Where it is: the name says which versions."""
-    return FOLDER / "+".join(PACKAGES[package]).replace("==", "-")
+    return installed.place(PACKAGES[package])
 
 
 def missing(check: str) -> list[str]:
@@ -60,27 +58,6 @@ def missing(check: str) -> list[str]:
     return [p for p in need.packages if not place(p).is_dir()] + [
         p for p in need.programs if not shutil.which(p)
     ]
-
-
-def install(package: str) -> None:
-    """Into a folder beside its place, and there in one step: nobody finds half of it."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=FOLDER) as scratch:
-        made = Path(scratch) / "made"
-        pip = (
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--target",
-            made,
-            *PACKAGES[package],
-        )
-        if status := subprocess.run(pip, check=False).returncode:
-            sys.exit(f"{', '.join(PACKAGES[package])}: not installed, pip ended with status {status}")
-        os.replace(made, place(package))
 
 
 def command(module: str, *arguments: str) -> list[str]:
@@ -97,20 +74,14 @@ def environment(check: str, cache: str) -> dict[str, str]:
 def found(check: str, *kernels: str) -> list[dict[str, Any]]:
     """What a checker says of the examples of these kernels, or of all."""
     with tempfile.TemporaryDirectory() as cache:
-        done = subprocess.run(
-            command("worker", check, *kernels), env=environment(check, cache), cwd=ROOT, capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(f"{check} ended with status {done.returncode}: {done.stderr.strip()[-2000:]}")
-    return [json.loads(line) for line in done.stdout.splitlines()]
+        return installed.lines(check, command("worker", check, *kernels), environment(check, cache))
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     for package in PACKAGES:
         if not place(package).is_dir():
-            install(package)
+            installed.install(PACKAGES[package])
         print(place(package), flush=True)
     if absent := [program for program in PROGRAMS if shutil.which(program) is None]:
         sys.exit(f"not found: {', '.join(absent)}; apt install mlir-19-tools llvm-19 gcc")
