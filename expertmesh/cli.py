@@ -13,6 +13,7 @@ COMMANDS = {
     "serve": "serve the OpenAI API",
     "demo": "let the demo model write in each of its domains",
     "bench": "measure speed, memory, traffic and balance",
+    "convert": "write a checkpoint anew in another precision",
     "memory": "static memory of a rank by kind, for one layout or several",
     "plan": "predict memory, throughput and latency of deployments",
     "balance": "place experts on cards by recorded loads",

@@ -52,9 +52,10 @@ class Source:
 
     @cached_property
     def folder(self) -> Path:
-        """The weights themselves where peers can read them, else without FP8 blocks, which they cannot compute with on
-        a CPU: they get the same weights in the type that this engine computes in too."""
-        if self.checkpoint.config.fp8_block:
+        """The weights themselves where peers can read them, else without what they are quantised in, which peers cannot
+        compute with on a CPU: they get the same weights in the type that this engine computes in too."""
+        config = self.checkpoint.config
+        if config.fp8_block or config.int8_rows or config.int4_group:
             write_plain_copy(self.checkpoint, self.scratch, self.dtype)
         else:
             for file in self._files():

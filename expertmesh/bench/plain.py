@@ -1,4 +1,4 @@
-"""The same checkpoint without its FP8 blocks, for engines that cannot read them here."""
+"""The same checkpoint without its FP8 blocks or whole numbers, for engines that cannot read them here."""
 
 import json
 from pathlib import Path
@@ -16,13 +16,13 @@ def write_plain_copy(checkpoint: Checkpoint, folder: Path, dtype: str) -> Path:
     try:
         from safetensors.torch import save_file
     except ImportError:
-        raise InputError("comparing on an FP8 checkpoint needs `pip install safetensors`") from None
+        raise InputError("comparing on a quantised checkpoint needs `pip install safetensors`") from None
     config = checkpoint.config
     tensors: dict[str, Tensor] = {}
-    for name in checkpoint.entries:
+    for name in checkpoint.stored:
         weight = checkpoint.weights[name]
         mtp = weight.layer is not None and weight.layer >= config.num_hidden_layers
-        if not mtp and not name.endswith("_scale_inv"):
+        if not mtp:
             kind = torch.float32 if weight.dtype == "float32" else getattr(torch, dtype)
             tensors[name] = torch.empty(weight.shape, dtype=kind)
     load(checkpoint, tensors, Shard.whole(config))

@@ -66,6 +66,7 @@ def bench_engine(args: argparse.Namespace) -> dict[str, Any]:
     options["quantise"] = args.quantise
     config = EngineConfig(dtype=args.dtype, **options)
     config.check_precision(model)
+    options["quantise"] = quantise = config.quantise_of(model)
     dtype = config.dtype_of(model)
     threads = args.threads or torch.get_num_threads()
     names = None if args.against is None else args.against.split(",")
@@ -84,7 +85,7 @@ def bench_engine(args: argparse.Namespace) -> dict[str, Any]:
         commands: dict[str, tuple[list[str], dict[str, str]]] = {OURS: ([*own, json.dumps(options)], {})}
         source = Source(checkpoint, dtype, copy)
         # Whichever way this engine quantises, others get 8 bits if they have such.
-        precisions = {peer.name: peer.precision(source, args.quantise != "none") for peer in others}
+        precisions = {peer.name: peer.precision(source, quantise != "none") for peer in others}
         for peer in others:
             precision = precisions[peer.name]
             command = peer.command(peer.prepare(source, precision), precision, work)
@@ -93,7 +94,7 @@ def bench_engine(args: argparse.Namespace) -> dict[str, Any]:
     report = {
         "model": folder.resolve().name,
         "dtype": dtype,
-        "quantise": args.quantise,
+        "quantise": quantise,
         "threads": threads,
         "rounds": args.rounds,
     }

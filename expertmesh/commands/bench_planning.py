@@ -15,7 +15,8 @@ from expertmesh.comm.local import cores
 from expertmesh.commands.bench_kernels import check_kernel_memory, own_kernels
 from expertmesh.commands.cluster import parse_layout
 from expertmesh.commands.options import add_precision
-from expertmesh.config import EngineConfig
+from expertmesh.config import EngineConfig, ModelConfig
+from expertmesh.config.precision import Precision
 from expertmesh.errors import InputError
 from expertmesh.llm import demo_model
 from expertmesh.planner.cards import Card, card, read_card
@@ -112,7 +113,7 @@ def _measure_planner(args: argparse.Namespace) -> dict[str, Any]:
             raise InputError(f"--layout: {topology.ranks} ranks on {cores()} cores say nothing about speed")
     quantise = tuple(args.quantise.split(","))
     for kept in quantise:
-        EngineConfig(quantise=kept)
+        Precision.of(kept)
     batches, contexts, prompts = (_sizes(args, name) for name in ("batches", "contexts", "prompts"))
     grid = Grid(topologies, quantise, batches, contexts, prompts, args.rounds, args.turns)
     profile = card(args.card) if args.card else _here()
@@ -180,20 +181,21 @@ def _machine_table(report: dict[str, Any]) -> str:
 
 
 def _measure_scale(args: argparse.Namespace) -> dict[str, Any]:
+    folder = Path(args.model) if args.model else demo_model()
+    kept = EngineConfig(args.dtype, args.quantise).quantise_of(ModelConfig.from_folder(folder))
     trial = Trial(
         args.memory_per_rank,
         args.context,
         args.requests,
         args.steps,
         args.dtype,
-        args.quantise,
+        kept,
         args.exchange,
         args.redundant,
     )
     topologies = [parse_layout(text) for text in args.layout or ("2x8", "8x8")]
     if len(topologies) < 2:
         raise InputError("--layout is given once; a comparison takes two or more")
-    folder = Path(args.model) if args.model else demo_model()
     return bench_scale(folder, topologies, trial, card(args.card))
 
 

@@ -20,6 +20,10 @@ def add_precision_bench(subparsers: Any) -> None:
         "--quantise", default=",".join(PRECISIONS), metavar="A,B", help="which (default: %(default)s)"
     )
     parser.add_argument(
+        "--converted", type=Path, action="append", default=[], metavar="FOLDER",
+        help="the same model as `expertmesh convert` has written it, judged on the same texts; repeatable",
+    )  # fmt: skip
+    parser.add_argument(
         "--text", type=Path, action="append", metavar="FILE",
         help="to judge, in UTF-8; repeatable (default: what the model itself writes in each domain of the demo model)",
     )  # fmt: skip
@@ -34,17 +38,18 @@ def bench_precision(args: argparse.Namespace) -> dict[str, Any]:
     model = Path(args.model) if args.model else None
     names = args.quantise.split(",")
     for name in names:
-        if name not in PRECISIONS:
+        if name and name not in PRECISIONS:
             raise InputError(f"--quantise {name!r} is not one of {', '.join(PRECISIONS)}")
     if args.tokens < 2:
         raise InputError("--tokens must be at least 2")
     texts = _texts(model, args)
     report: dict[str, Any] = {}
-    options: dict[str, dict[str, Any]] = {"float32": {"dtype": "float32"}}
-    options |= {name: {"dtype": "bfloat16", "quantise": name} for name in names}
-    for name, given in options.items():
+    ways: dict[str, tuple[Path | None, dict[str, Any]]] = {"float32": (model, {"dtype": "float32"})}
+    ways |= {name: (model, {"dtype": "bfloat16", "quantise": name}) for name in names if name}
+    ways |= {str(folder): (folder, {}) for folder in args.converted}
+    for name, (folder, given) in ways.items():
         try:
-            llm = LLM(model, **given)
+            llm = LLM(folder, **given)
         except InputError as error:
             report[name] = {"refused": str(error)}
             continue
@@ -74,11 +79,12 @@ def _read(llm: LLM, file: Path, tokens: int) -> list[Text]:
 def _table(report: dict[str, Any]) -> str:
     texts = next((list(found["perplexity"]) for found in report.values() if "perplexity" in found), [])
     width = max(14, *(len(text) + 2 for text in texts))
-    lines = [f"{'':14}{'weights, MB':>14}" + "".join(f"{text:>{width}}" for text in texts)]
+    first = max(14, *(len(name) + 2 for name in report))
+    lines = [f"{'':{first}}{'weights, MB':>14}" + "".join(f"{text:>{width}}" for text in texts)]
     for name, found in report.items():
         if "refused" in found:
-            lines.append(f"{name:14}{found['refused']}")
+            lines.append(f"{name:{first}}{found['refused']}")
             continue
         values = "".join(f"{found['perplexity'][text]:{width}.3f}" for text in texts)
-        lines.append(f"{name:14}{found['weight_bytes'] / 1e6:14.1f}{values}")
+        lines.append(f"{name:{first}}{found['weight_bytes'] / 1e6:14.1f}{values}")
     return "\n".join(lines)

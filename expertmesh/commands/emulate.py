@@ -30,8 +30,8 @@ torchrun needs, or programs that torchrun would start, one on each node:
 SPREAD = ("generate", "chat", "serve", "demo", "bench exchange", "bench overlap")
 ELSEWHERE = (
     "bench engine", "bench kernels", "bench precision", "bench transport", "bench balance", "bench rebalance",
-    "bench scale", "bench machine", "bench planner", "bench serve", "balance", "memory", "plan", "plan predict",
-    "plan replay-news", "plan simulate", "emulate",
+    "bench scale", "bench machine", "bench planner", "bench serve", "balance", "convert", "memory", "plan",
+    "plan predict", "plan replay-news", "plan simulate", "emulate",
 )  # fmt: skip
 RENDEZVOUS, MASTER = (
     29400,

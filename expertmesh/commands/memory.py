@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype, quantise=args.quantise, redundant=args.redundant, rebalance=args.rebalance
     )
     config.check_precision(model)
+    config = replace(config, quantise=config.quantise_of(model))
     dtype = config.dtype_of(model)
     if args.layout and (args.nodes or args.cards or args.attention_tp):
         raise InputError(
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     report = {
         "model": folder.resolve().name,
         "dtype": dtype,
-        "quantise": args.quantise,
+        "quantise": config.quantise,
         "cache_bytes_per_token": cache_bytes_per_token(model, dtype),
         "layouts": layouts,
     }

@@ -53,7 +53,10 @@ SAMPLING_OPTIONS = (
 
 def add_precision(add: Callable[..., Any]) -> None:
     add("--dtype", default="auto", help="auto (the checkpoint's), float32 or bfloat16")
-    add("--quantise", default="none", help=f"weights: {', '.join(PRECISIONS)}")
+    add(
+        "--quantise", default="auto",
+        help=f"weights: auto (as a checkpoint of whole numbers has them, else none), {', '.join(PRECISIONS)}",
+    )  # fmt: skip
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,8 @@ class EngineConfig:
     """How one engine runs. None means: worked out once by `resolve`, from the model and the memory.
 
     dtype: what the weights are computed in; "auto" takes the checkpoint's.
-    quantise: how the weights of products are kept (`config.precision`): "none" (as they are computed), "w8a8" (8-bit
+    quantise: how the weights of products are kept (`config.precision`): "auto" (as a checkpoint of whole numbers has
+    them, else "none"), "none" (as they are computed), "w8a8" (8-bit
     whole numbers times rows that are quantised too), "experts_int8" and "experts_int4" (the routed experts' weights in
     groups of 128), "fp8" (the checkpoint's own FP8 blocks).
     max_context: longest request in tokens, prompt and output together.
@@ -44,7 +45,7 @@ class EngineConfig:
     """
 
     dtype: str = "auto"
-    quantise: str = "none"
+    quantise: str = "auto"
     max_context: int | None = None
     max_batch_tokens: int = 2048
     max_batch_requests: int = 64
@@ -65,7 +66,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise InputError(f"dtype {self.dtype!r} is not one of auto, float32, bfloat16")
-        Precision.of(self.quantise)
+        if self.quantise != "auto":
+            Precision.of(self.quantise)
         if self.ranks not in ("threads", "processes"):
             raise InputError(f"ranks {self.ranks!r} is not one of threads, processes")
         if self.overlap not in ("auto", "on", "off"):
@@ -108,9 +110,15 @@ class EngineConfig:
             return self.dtype
         return "float32" if model.dtype == "float32" else "bfloat16"
 
+    def quantise_of(self, model: ModelConfig) -> str:
+        """How this model's weights are kept. Only bfloat16 is computed with whole numbers."""
+        if self.quantise != "auto":
+            return self.quantise
+        return model.kept if self.dtype_of(model) == "bfloat16" else "none"
+
     def check_precision(self, model: ModelConfig) -> None:
         """InputError where this model's weights cannot be kept as they are to be."""
-        if self.quantise != "none" and self.dtype_of(model) != "bfloat16":
+        if self.quantise not in ("auto", "none") and self.dtype_of(model) != "bfloat16":
             raise InputError(
                 f"quantise {self.quantise} computes in bfloat16; leave out dtype {self.dtype_of(model)}"
             )
@@ -167,6 +175,7 @@ class EngineConfig:
         return replace(
             self,
             dtype=dtype,
+            quantise=self.quantise_of(model),
             max_context=min(max_context, pages * page),
             cache_tokens=pages * page,
             page_size=page,

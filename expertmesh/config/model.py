@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from expertmesh.errors import InputError
 
+# What ModelSlim, the tool of Ascend deployments, writes beside a checkpoint: the type of every tensor.
+DESCRIPTIONS = "quant_model_description*.json"
 # architectures entry of config.json -> the family whose defaults apply
 ARCHITECTURES = {"DeepseekV2ForCausalLM": "deepseek_v2", "DeepseekV3ForCausalLM": "deepseek_v3"}
 
@@ -52,6 +54,10 @@ class ModelConfig:
     Routing is told by fields, not by the family: scoring_func and topk_method. Weights of the chosen experts are
     normalised where norm_topk_prob says so and the scores are sigmoids; softmax scores are only scaled, as in
     DeepSeek's own inference code.
+
+    How the checkpoint keeps matrices, at most one of: fp8_block: FP8 with a scale for each block of this size;
+    int8_rows: whole numbers of 8 bits with a scale for each row, in ModelSlim's layout, where the file beside it says
+    so; int4_group: whole numbers of 4 bits with a scale for so many of a row, where there are such.
     """
 
     architecture: str
@@ -87,6 +93,8 @@ class ModelConfig:
     tie_word_embeddings: bool
     dtype: str
     fp8_block: tuple[int, int] | None
+    int8_rows: bool
+    int4_group: int | None
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
 
@@ -102,6 +110,11 @@ class ModelConfig:
     @property
     def softmax_scale(self) -> float:
         return float(self.qk_head_dim**-0.5) * (self.yarn.softmax_scale if self.yarn else 1.0)
+
+    @property
+    def kept(self) -> str:
+        """How the engine keeps this checkpoint's numbers as they are (`config.precision`); FP8 is expanded instead."""
+        return "w8a8" if self.int8_rows else "experts_int4" if self.int4_group == 128 else "none"
 
     def is_moe(self, layer: int) -> bool:
         return (
@@ -132,6 +145,10 @@ class ModelConfig:
                 f"{folder}: there is no config.json in it, so this is not a model in the Hugging Face layout"
             )
         data = read_object(path)
+        if any(
+            folder.glob(DESCRIPTIONS)
+        ):  # says more than config.json, where something else may have been left
+            data["quantization_config"] = {"quant_method": "ascend"}
         return cls.from_dict(data, str(path))
 
     @classmethod
@@ -155,7 +172,7 @@ class ModelConfig:
         values["dtype"] = str(data.get("dtype") or data.get("torch_dtype") or "bfloat16").removeprefix(
             "torch."
         )
-        values["fp8_block"] = _fp8_block(data.get("quantization_config"), where)
+        values |= _quantisation(data, where)
         eos = data.get("eos_token_id")
         values["eos_token_ids"] = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
         if not all(fits(int, token) for token in values["eos_token_ids"]):
@@ -211,7 +228,16 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 # Fields that are not taken from the file as they are.
-_DERIVED = {"architecture", "rope_theta", "yarn", "dtype", "fp8_block", "eos_token_ids"}
+_DERIVED = {
+    "architecture",
+    "rope_theta",
+    "yarn",
+    "dtype",
+    "fp8_block",
+    "int8_rows",
+    "int4_group",
+    "eos_token_ids",
+}
 _AT_LEAST_ONE = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim",
     "qk_rope_head_dim", "v_head_dim", "max_position_embeddings", "moe_layer_freq",
@@ -309,6 +335,35 @@ def _yarn(rope: Mapping[str, Any], max_position: int, where: str) -> Yarn | None
     )
 
 
+def _quantisation(data: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """How matrices are kept: fp8_block, int8_rows and int4_group."""
+    quantization = data.get("quantization_config")
+    given = quantization if isinstance(quantization, Mapping) else {}
+    method = given.get("quant_method")
+    found: dict[str, Any] = {"fp8_block": None, "int8_rows": False, "int4_group": None}
+    if method in ("ascend", "modelslim") or (not quantization and data.get("quantize") == "w8a8_dynamic"):
+        return found | {"int8_rows": True}
+    if method == "compressed-tensors":
+        return found | {"int4_group": _int4_group(given, where)}
+    return found | {"fp8_block": _fp8_block(quantization, where)}
+
+
+def _int4_group(given: Mapping[str, Any], where: str) -> int:
+    """Of compressed-tensors' format pack-quantized, with one group of matrices, symmetric and of 4 bits."""
+    groups = given.get("config_groups")
+    group = next(iter(groups.values())) if isinstance(groups, Mapping) and len(groups) == 1 else {}
+    weights = group.get("weights") if isinstance(group, Mapping) else None
+    wanted = {"num_bits": 4, "type": "int", "strategy": "group", "symmetric": True}
+    size = weights.get("group_size") if isinstance(weights, Mapping) else None
+    fitting = isinstance(weights, Mapping) and all(weights.get(n) == value for n, value in wanted.items())
+    if given.get("format") != "pack-quantized" or not fitting or not fits(int, size) or not size:
+        raise InputError(
+            f"{where}: of compressed-tensors only 'pack-quantized' is supported, with one config group of symmetric "
+            "4-bit whole numbers in groups"
+        )
+    return int(size)
+
+
 def _fp8_block(quantization: Any, where: str) -> tuple[int, int] | None:
     if not quantization:
         return None
@@ -316,7 +371,8 @@ def _fp8_block(quantization: Any, where: str) -> tuple[int, int] | None:
     method, block = given.get("quant_method"), given.get("weight_block_size")
     if method != "fp8" or not block:
         raise InputError(
-            f"{where}: quantisation {method!r} is not supported, only 'fp8' with weight_block_size"
+            f"{where}: quantisation {method!r} is not supported, only 'fp8' with weight_block_size, 'ascend' and "
+            "'compressed-tensors'"
         )
     if not isinstance(block, list) or len(block) != 2 or not all(fits(int, n) and n for n in block):
         raise InputError(f"{where}: weight_block_size is {block!r}, not two sizes of at least 1")

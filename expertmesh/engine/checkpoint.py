@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import psutil
 import torch
@@ -15,15 +15,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from expertmesh.config import ModelConfig
-from expertmesh.config.precision import FP8
+from expertmesh.engine.quantised import FLOATS, claim
 from expertmesh.engine.safetensors import Entry, read_header
+from expertmesh.engine.storage import Fp8Blocks, Plain, Stored
 from expertmesh.errors import InputError
-from expertmesh.kernels.packed import PackedRows
 from expertmesh.model.layers import Destinations
 from expertmesh.weights import Shard, Weight, describe
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# As ModelSlim calls them, in several versions of it.
+INDICES, SINGLES = "quant_model_weight*.safetensors.index.json", "quant_model_weight*.safetensors"
 # Tables that some checkpoints carry and every engine computes.
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 Progress: TypeAlias = Callable[[int, int], None]  # bytes so far, and in all
@@ -31,16 +33,20 @@ Progress: TypeAlias = Callable[[int, int], None]  # bytes so far, and in all
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose files are whole and whose tensors are those of the model."""
+    """A checkpoint whose files are whole and whose tensors are those of the model.
+
+    entries: the files' tensors; stored: of the model's tensors that are there, how the files keep them.
+    """
 
     folder: Path
     config: ModelConfig
     weights: dict[str, Weight]
     entries: dict[str, Entry]
+    stored: dict[str, Stored]
 
     @property
     def has_mtp(self) -> bool:
-        return any(self.weights[name].layer == self.config.num_hidden_layers for name in self.entries)
+        return any(self.weights[name].layer == self.config.num_hidden_layers for name in self.stored)
 
     @property
     def bytes(self) -> int:
@@ -58,32 +64,51 @@ def open_checkpoint(folder: Path, config: ModelConfig) -> Checkpoint:
     for file in _files(folder):
         entries |= read_header(file)
     entries = {n: e for n, e in entries.items() if not n.endswith(IGNORED_SUFFIXES)}
-    # What belongs to the next-token prediction layers is all there or not there at all.
-    mtp = {n for n, w in weights.items() if w.layer is not None and w.layer >= config.num_hidden_layers}
-    expected = weights.keys() if mtp & entries.keys() else weights.keys() - mtp
     if config.tie_word_embeddings:
         entries.pop("lm_head.weight", None)
-    problems = [f"missing: {name}" for name in weights if name in expected and name not in entries]
-    problems += [f"surplus: {name}" for name in entries if name not in weights]
-    for name, entry in entries.items():
-        weight = weights.get(name)
-        if weight is not None and entry.shape != weight.shape:
-            problems.append(
-                f"shape of {name}: {list(entry.shape)} in the file, {list(weight.shape)} in the model"
-            )
-        elif weight is not None and (entry.dtype == torch.float8_e4m3fn) != (weight.dtype == "float8_e4m3fn"):
-            problems.append(f"type of {name}: {entry.dtype} in the file, {weight.dtype} by config.json")
+    claims = claim(folder, config, weights, entries)
+    found = {name: entry for name, entry in entries.items() if name not in claims.taken}
+    there = found.keys() | claims.matrices
+    # What belongs to the next-token prediction layers is all there or not there at all.
+    mtp = {n for n, w in weights.items() if w.layer is not None and w.layer >= config.num_hidden_layers}
+    expected = weights.keys() if mtp & there else weights.keys() - mtp
+    problems = [f"missing: {name}" for name in weights if name in expected and name not in there]
+    problems += [f"surplus: {name}" for name in found if name not in weights]
+    problems += [problem for n, e in found.items() if n in weights for problem in _misfit(n, e, weights[n])]
+    problems += claims.problems
     if problems:
         shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise InputError(
             f"{folder}: the tensors do not fit config.json ({len(problems)} problems):\n  "
             + "\n  ".join(shown)
         )
-    return Checkpoint(folder, config, weights, entries)
+    stored = {
+        name: claims.stored.get(name) or _stored(name, found, config)
+        for name in weights
+        if name in there and not name.endswith("_scale_inv")
+    }
+    return Checkpoint(folder, config, weights, entries, stored)
+
+
+def _misfit(name: str, entry: Entry, weight: Weight) -> list[str]:
+    """Floating-point numbers may be of any precision but FP8, which needs its scales."""
+    if entry.shape != weight.shape:
+        return [f"shape of {name}: {list(entry.shape)} in the file, {list(weight.shape)} in the model"]
+    if entry.dtype not in ((torch.float8_e4m3fn,) if weight.dtype == "float8_e4m3fn" else FLOATS):
+        return [f"type of {name}: {entry.dtype} in the file, {weight.dtype} by config.json"]
+    return []
+
+
+def _stored(name: str, entries: dict[str, Entry], config: ModelConfig) -> Stored:
+    scale = entries.get(f"{name}_scale_inv")
+    if scale is None:
+        return Plain(entries[name])
+    assert config.fp8_block is not None
+    return Fp8Blocks(name, entries[name], scale, config.fp8_block)
 
 
 def _files(folder: Path) -> list[Path]:
-    index, single = folder / INDEX, folder / SINGLE
+    index, single = _one(folder, INDEX, INDICES), _one(folder, SINGLE, SINGLES)
     if index.is_file():
         try:
             data = json.loads(index.read_text(encoding="utf-8"))
@@ -102,6 +127,12 @@ def _files(folder: Path) -> list[Path]:
     others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
     hint = f"; {others[0]} is of a format that is not read, convert it to safetensors" if others else ""
     raise InputError(f"{folder}: there is neither {SINGLE} nor {INDEX} in it{hint}")
+
+
+def _one(folder: Path, official: str, others: str) -> Path:
+    """The official file of this purpose, or the only one that ModelSlim would call so."""
+    found = sorted(folder.glob(others))
+    return found[0] if len(found) == 1 and not (folder / official).exists() else folder / official
 
 
 def _missing_shards(folder: Path, names: list[str], absent: list[str], metadata: dict[str, object]) -> str:
@@ -164,15 +195,17 @@ def load_ranks(
     """Fill the destinations of several ranks of this process, file by file in the order of the bytes; what ranks
     share is read once. Returns the bytes read.
 
-    Each tensor is mapped, its range of a rank copied (FP8 blocks scaled) and unmapped, so that memory holds the
+    Each tensor is mapped, its range of a rank copied (as numbers, or as it is) and unmapped, so that memory holds the
     weights and at most one tensor of the file. progress: whether to show it on a terminal, or who is told instead.
     """
     seen: dict[tuple[str, int], tuple[Entry, str, Tensor, Shard]] = {}
     for destinations, shard in ranks:
         for name, target in destinations.items():
-            seen.setdefault((name, target.data_ptr()), (checkpoint.entries[name], name, target, shard))
+            seen.setdefault(
+                (name, target.data_ptr()), (checkpoint.stored[name].entries[0], name, target, shard)
+            )
     wanted = sorted(seen.values(), key=lambda item: (item[0].file, item[0].offset))
-    for file in {entry.file for entry, *_ in wanted}:
+    for file in {entry.file for _, name, *_ in wanted for entry in checkpoint.stored[name].entries}:
         if not os.access(file, os.R_OK):
             raise InputError(f"{file}: cannot be read (permissions)")
     read = 0
@@ -183,8 +216,8 @@ def load_ranks(
         disable=None if progress is True else True,
     ) as bar:  # fmt: skip
         done = 0
-        for entry, name, target, shard in wanted:
-            read += _load_one(checkpoint, name, entry, target, shard)
+        for _, name, target, shard in wanted:
+            read += _load_one(checkpoint, name, target, shard)
             size = target.numel() * target.element_size()
             bar.update(size)
             done += size
@@ -193,43 +226,10 @@ def load_ranks(
     return read
 
 
-def _load_one(checkpoint: Checkpoint, name: str, entry: Entry, target: Tensor, shard: Shard) -> int:
+def _load_one(checkpoint: Checkpoint, name: str, target: Tensor, shard: Shard) -> int:
     weight = checkpoint.weights[name]
     ranges = [
         shard.part(size, name) if weight.split == axis else range(size)
         for axis, size in enumerate(weight.shape)
     ]
-    where = tuple(slice(r.start, r.stop) for r in ranges)
-    scale_entry = checkpoint.entries.get(f"{name}_scale_inv")
-    if scale_entry is None:
-        entry.read(lambda whole: target.copy_(whole[where]))
-        return target.numel() * entry.dtype.itemsize
-    block = checkpoint.config.fp8_block
-    assert block is not None
-    scale = torch.empty(scale_entry.shape)
-    scale_entry.read(lambda whole: scale.copy_(whole))
-    entry.read(lambda whole: dequantise_blocks(whole[where], scale, block, ranges, target))
-    return target.numel() + scale.numel() * 4
-
-
-def dequantise_blocks(
-    part: Tensor, scale: Tensor, block: tuple[int, int], ranges: list[range], target: Any
-) -> None:
-    """target = part * the scale of each element's block (DeepSeek-V3, section 3.3.2), or both as they are where they
-    are to be kept.
-
-    part is rows ranges[0] and columns ranges[1] of the whole matrix: it may start and end inside a block, so the
-    scales are found by absolute row and column. Works block row by block row, to need little memory.
-    """
-    all_rows, columns = ranges
-    column_scale = scale[:, torch.arange(columns.start, columns.stop) // block[1]]
-    start = all_rows.start
-    while start < all_rows.stop:
-        stop = min(all_rows.stop, (start // block[0] + 1) * block[0])
-        local = slice(start - all_rows.start, stop - all_rows.start)
-        rows, scales = target[local], scale[start // block[0]]
-        if isinstance(rows, PackedRows) and rows.packed.format is FP8:
-            rows.keep_fp8(part[local], scales[columns.start // block[1] :])
-        else:
-            rows.copy_(part[local].float() * column_scale[start // block[0]])
-        start = stop
+    return checkpoint.stored[name].load(ranges, target)

@@ -4,6 +4,7 @@ import itertools
 import logging
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from expertmesh.config import EngineConfig, ModelConfig
@@ -50,6 +51,8 @@ class Engine:
         intake = Intake.of(folder, self.model)
         checkpoint = open_checkpoint(folder, self.model)
         self.kernels = kernels = kernels_for("cpu", config.dtype_of(self.model), config.strict)
+        if kernels.lacking and config.quantise == "auto":
+            config = replace(config, quantise="none")
         if kernels.lacking and config.quantise != "none":
             raise InputError(f"quantise {config.quantise} needs the CPU's own kernels: {kernels.lacking}")
         if kernels.lacking:

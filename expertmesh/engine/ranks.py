@@ -131,6 +131,7 @@ def resolve_memory(
     dtype = config.dtype_of(model)
     shards = shards_of(layout, config)
     config.check_precision(model)
+    config = replace(config, quantise=config.quantise_of(model))
     packed = kernels.graph is not None
     kinds = static_bytes(
         model, dtype, shards[0], config.quantise, packed=packed

@@ -23,6 +23,8 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F64": torch.float64,
     "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
 }
 MAX_HEADER = 100_000_000
 
@@ -53,6 +55,23 @@ class Entry:
             flat = flat.clone()  # some writers do not align
         use(flat.view(self.dtype).view(self.shape))
         # The mapping goes with the last view of it.
+
+    def rows(self, first: int, last: int) -> torch.Tensor:
+        """A copy of rows [first, last), read and not mapped: a file's mapped pages count as this process's memory."""
+        row = self.length // self.shape[0] if self.shape[0] else 0
+        data = bytearray((last - first) * row)
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.offset + first * row)
+            view, done = memoryview(data), 0
+            while done < len(data):
+                read = file.readinto(view[done:])
+                if not read:
+                    raise InputError(f"{self.file}: ended while it was read; it has been changed meanwhile")
+                done += read
+        if not data:
+            return torch.empty((last - first, *self.shape[1:]), dtype=self.dtype)
+        flat = torch.frombuffer(data, dtype=torch.uint8)
+        return flat.view(self.dtype).view(last - first, *self.shape[1:])
 
 
 def read_header(file: Path) -> dict[str, Entry]:

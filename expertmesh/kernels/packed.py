@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from expertmesh.config.precision import FP8, LANES, PLAIN, Format
+from expertmesh.config.precision import FP8, INT4, LANES, PLAIN, W8A8, Format
 from expertmesh.errors import InputError
 from expertmesh.kernels.memory import Arena
 
@@ -136,6 +136,30 @@ class PackedRows(_Place):
             packed.library.keep_fp8_rows(
                 _pointer(some.data_ptr()), _word(some.stride(0)), _word(first), _word(last - first),
                 _pointer(scales.data_ptr()), packed._described, _word(part),
+            )  # fmt: skip
+
+    def keep_int8(self, values: Tensor, scales: Tensor) -> None:
+        """Whole numbers [rows, K] and the size of one of them in each row, float32 [rows]: bit by bit as they are where
+        that is how these are kept."""
+        if self.packed.format is W8A8:
+            self._keep_whole(values, scales[:, None])
+        else:
+            self.copy_(values.float() * scales[:, None])
+
+    def keep_int4(self, values: Tensor, scales: Tensor) -> None:
+        """The same of numbers from -8 to 7, and their size in each group of 128, float32 [rows, groups]."""
+        if self.packed.format is INT4:
+            self._keep_whole(values, scales)
+        else:
+            wide = scales.repeat_interleave(128, dim=1)[:, : values.shape[1]]
+            self.copy_(values.float() * wide)
+
+    def _keep_whole(self, values: Tensor, scales: Tensor) -> None:
+        packed, values, scales = self.packed, values.contiguous(), scales.float().contiguous()
+        for part, first, last, begin in self._by_part():
+            packed.library.keep_whole_rows(
+                _pointer(values[begin:].data_ptr()), _word(values.stride(0)), _word(first), _word(last - first),
+                _pointer(scales[begin:].data_ptr()), packed._described, _word(part),
             )  # fmt: skip
 
     def _by_part(self) -> list[tuple[int, int, int, int]]:

@@ -7,6 +7,7 @@ import pytest
 
 from expertmesh.cli import main
 from expertmesh.commands.bench_precision import _table
+from expertmesh.config import demo_model
 from tests.kernels.test_ops import NATIVE
 
 
@@ -14,9 +15,19 @@ from tests.kernels.test_ops import NATIVE
 def test_every_way_to_keep_weights_on_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "tale.txt"
     text.write_text("Once upon a time there was a king who had three daughters. " * 20)
-    assert main(["bench", "precision", "--text", str(text), "--tokens", "100", "--json"]) == 0
+    words = ["--text", str(text), "--tokens", "100", "--converted", str(demo_model()), "--json"]
+    assert main(["bench", "precision", *words]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert list(report) == ["float32", "none", "w8a8", "experts_int8", "experts_int4", "fp8"]
+    assert list(report) == [
+        "float32",
+        "none",
+        "w8a8",
+        "experts_int8",
+        "experts_int4",
+        "fp8",
+        str(demo_model()),
+    ]
+    assert report[str(demo_model())] == report["none"]
     exact = report["float32"]["perplexity"]["tale.txt"]
     for name, found in report.items():
         assert found["perplexity"]["tale.txt"] == pytest.approx(exact, rel=0.05), name

@@ -18,11 +18,11 @@ from expertmesh import LLM, InputError, ModelConfig, SamplingParams
 from expertmesh.engine.checkpoint import (
     Checkpoint,
     check_memory,
-    dequantise_blocks,
     free_memory,
     load,
     open_checkpoint,
 )
+from expertmesh.engine.storage import dequantise_blocks
 from expertmesh.kernels import kernels_for
 from expertmesh.model.deepseek import DeepSeek
 from expertmesh.model.layers import New

@@ -152,6 +152,10 @@ private:
             char* kept = array<char>(size);
             for (i64 i = 0; i < size; ++i) kept[i] = char(below(256) & (wild ? 0xff : 0xbf));
             keep_fp8_rows(kept, stride, first, count, numbers<float>(m.groups()), described, part);
+        } else if (below(2)) {
+            int8_t* kept = array<int8_t>(size);
+            for (i64 i = 0; i < size; ++i) kept[i] = int8_t(below(256));
+            keep_whole_rows(kept, stride, first, count, numbers<float>(count * m.groups()), described, part);
         } else if (!quantise_rows(numbers<float>(size), stride, first, count, described, part, 1)) abort();
     }
     i64 format() { return below(2) ? i64(BFLOAT16) : 1 + below(4); }

@@ -217,6 +217,33 @@ void keep_fp8_rows(const char* from, i64 stride, i64 first, i64 count, const flo
     }
 }
 
+// The same of whole numbers: each row with a scale for all of its inputs (INT8), or for each GROUP of them. `count` rows of
+// scales lie side by side. Numbers of four bits are from -8 to 7.
+void keep_whole_rows(
+    const int8_t* from, i64 stride, i64 first, i64 count, const float* scales, const i64* matrix, i64 part) {
+    Matrix w = part_of(matrix, part);
+    for (i64 r = 0; r < count; ++r) {
+        i64 block = (first + r) / LANES, lane = (first + r) % LANES;
+        char* to = const_cast<char*>(w.data) + block * w.block_bytes() + lane * 4;
+        const int8_t* row = from + r * stride;
+        int32_t sum = 0;
+        for (i64 k = 0; k < w.columns; ++k) {
+            sum += row[k];
+            if (w.format != GROUPED_INT4) {
+                to[k / 64 * TILE + k % 64 / 4 * 64 + k % 4] = char(row[k]);
+                continue;
+            }
+            // As `quantise_block` has them: two inputs apart in the halves of a byte.
+            i64 byte = k / 8 * 4 + k % 2 * 2 + k % 8 / 4;
+            char& both = to[byte / 64 * TILE + byte % 64 / 4 * 64 + byte % 4];
+            both = k % 4 < 2 ? char((both & 0xf0) | (row[k] & 15)) : char((both & 15) | (row[k] & 15) << 4);
+        }
+        for (i64 g = 0; g < w.groups(); ++g)
+            const_cast<float*>(w.scale)[(block * w.groups() + g) * LANES + lane] = scales[r * w.groups() + g];
+        if (w.format == INT8) const_cast<int32_t*>(w.sums)[block * LANES + lane] = sum;
+    }
+}
+
 // All rows of a part as products see them, [rows][columns] float.
 void widen_part(const i64* matrix, i64 part, float* to) {
     Matrix w = part_of(matrix, part);
