@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeAlias
@@ -23,8 +22,8 @@ from expertmesh import LLM, InputError, ModelConfig, Output, SamplingParams, Top
 from expertmesh.cli import COMMANDS, main
 from expertmesh.commands import bench_engine
 from expertmesh.commands.demo import CHAT, PROMPTS, Part
-from expertmesh.engine.checkpoint import free_memory
-from expertmesh.kernels import Kernels
+from expertmesh.device import free_memory
+from expertmesh.kernels.table import OPS
 from expertmesh.llm import demo_model
 from tests.support.files import (
     TINY,
@@ -202,7 +201,7 @@ def test_sampling_options_arrive(cli: Cli, tiny_folder: Path, monkeypatch: pytes
 def test_engine_options_arrive(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     plain: dict[str, Any] = {
         "max_context": 20, "max_batch_tokens": 40, "max_batch_requests": 3, "chunk": 7, "page_size": 5,
-        "cache_tokens": 100, "dtype": "bfloat16",
+        "cache_tokens": 100, "dtype": "bfloat16", "device": "cpu",
     }  # fmt: skip
     seen: list[Any] = []
 
@@ -371,11 +370,12 @@ def test_doctor_knows_the_machine(cli: Cli) -> None:
     report = json.loads(out)
     assert (code, err) == (0, "")
     assert list(report) == ["machine", "devices", "kernels", "compiler", "network", "software"]
-    ops = {field.name for field in fields(Kernels)} - {"origin", "graph", "lacking", "de_interleaved"}
-    assert ops | {"on reference"} == report["kernels"].keys()
+    assert {*OPS, "on reference"} == report["kernels"].keys()
     assert report["software"]["python"] == platform.python_version()
     assert torch.__version__.startswith(report["software"]["torch"].partition("+")[0])
-    assert f"{torch.get_num_threads()} threads" in report["devices"]["cpu"]
+    assert list(report["devices"]) == ["cpu", "cuda", "npu"]
+    assert re.search(r"\d threads, \d+\.\d of \d+\.\d GB free; used$", report["devices"]["cpu"])
+    assert report["devices"]["npu"].startswith("not used: torch_npu is not installed")
     assert "lo" in report["network"] or platform.system() != "Linux"
 
 

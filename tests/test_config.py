@@ -289,14 +289,14 @@ def test_context_beyond_the_model_is_refused() -> None:
 
 
 def test_pages_are_what_kernels_read_best() -> None:
-    assert EngineConfig().paged(()).page_size == 32 == EngineConfig().resolve(MODEL, 1 << 30).page_size
-    assert EngineConfig().paged((128, 16)).page_size == 128
-    assert EngineConfig(page_size=16).paged((128, 16)).page_size == 16
-    assert EngineConfig(page_size=5).paged(()).page_size == 5
+    assert EngineConfig().resolve(MODEL, 1 << 30).page_size == 32
+    assert EngineConfig().paged(128, (128, 16)).page_size == 128
+    assert EngineConfig(page_size=16).paged(128, (128, 16)).page_size == 16
+    assert EngineConfig(page_size=5).paged(32, ()).page_size == 5
     with pytest.raises(
         InputError, match=r"^page_size is 5, but kernels here read pages of 128 or 16 tokens alone$"
     ):
-        EngineConfig(page_size=5).paged((128, 16))
+        EngineConfig(page_size=5).paged(128, (128, 16))
 
 
 @pytest.mark.parametrize(

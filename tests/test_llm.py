@@ -232,7 +232,7 @@ def fail(*_: object) -> None:
 
 def test_unknown_options_are_named(tiny_folder: Path) -> None:
     with pytest.raises(
-        InputError, match=r"unknown option max_contxt, pages; there are dtype, quantise, max_context,"
+        InputError, match=r"unknown option max_contxt, pages; there are dtype, quantise, device, max_context,"
     ):
         LLM(tiny_folder, pages=3, max_contxt=5)
 

@@ -83,7 +83,7 @@ def bench_balance(
 def demo_loads(prompts: dict[str, str]) -> dict[str, Loads]:
     """What the demo model's experts got while it continued each prompt some times, at temperature 0.7 (seeded)."""
     found = {}
-    with LLM() as llm:
+    with LLM(device="cpu") as llm:
         for name, prompt in prompts.items():
             llm.engine.ranks.reset()
             params = [

@@ -67,6 +67,7 @@ class Trial:
         return EngineConfig(
             self.dtype,
             self.quantise,
+            device="cpu",
             max_context=self.context,
             max_batch_requests=self.most,
             max_batch_tokens=self.most * self.prompt,

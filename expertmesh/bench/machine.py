@@ -20,7 +20,7 @@ from expertmesh.bench.transport import exchange_seconds
 from expertmesh.bench.workload import Workload
 from expertmesh.comm.local import cores
 from expertmesh.config import EngineConfig
-from expertmesh.engine.checkpoint import free_memory
+from expertmesh.device import free_memory
 from expertmesh.engine.engine import Engine
 from expertmesh.errors import InputError
 from expertmesh.kernels.cpu import Cpu
@@ -107,7 +107,9 @@ def bench_machine(setting: Setting, kernels: Cpu) -> dict[str, Any]:
 def _reached(
     kernels: Cpu, ceilings: dict[str, float], small: dict[str, float], rounds: int
 ) -> dict[str, dict[str, Any]]:
-    config = EngineConfig(dtype="bfloat16", prefix_cache=False, cache_tokens=1 << 14, max_context=1 << 9)
+    config = EngineConfig(
+        dtype="bfloat16", device="cpu", prefix_cache=False, cache_tokens=1 << 14, max_context=1 << 9
+    )
     demo = Engine(demo_model(), config)
     try:
         found = reached(kernels, ceilings, small, demo, rounds)
@@ -139,7 +141,7 @@ def reading(kernels: Cpu, size: int, rounds: int) -> float:
 
 def asking(rounds: int) -> float:
     """Seconds in which two ranks that are processes answer their driver."""
-    config = EngineConfig(ranks="processes", cache_tokens=1 << 10, max_context=1 << 9)
+    config = EngineConfig(device="cpu", ranks="processes", cache_tokens=1 << 10, max_context=1 << 9)
     engine = Engine(demo_model(), config, Topology(1, 2, 1))
     try:
         return min(seconds_of(engine.ranks.sent) for _ in range(20 * rounds))

@@ -137,6 +137,7 @@ def measure(cases: Sequence[Case], grid: Grid) -> list[list[float]]:
     first = cases[0]
     longest = max(case.context for case in cases)
     config = EngineConfig(
+        device="cpu",
         quantise=first.quantise,
         max_context=longest + SPARE,
         max_batch_requests=max(case.requests for case in cases),

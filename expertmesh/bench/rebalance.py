@@ -88,7 +88,7 @@ class _Recorder(Recorded):
 def recorded(texts: int = 64, tokens: int = 160) -> tuple[dict[str, Ints], int]:
     """Experts [tokens, layers, K] that the demo model chose while it wrote in each domain, and how many it has."""
     out = {}
-    with LLM() as llm:
+    with LLM(device="cpu") as llm:
         (runner,) = llm.engine.ranks.runners  # type: ignore[attr-defined]
         for name, prompts in DOMAINS.items():
             runner.loads = recorder = _Recorder()

@@ -10,7 +10,7 @@ import torch
 from expertmesh.bench.exchange import assembled, meet
 from expertmesh.bench.gloo import GlooComm, all_to_all
 from expertmesh.comm.group import TPGroup
-from expertmesh.engine.checkpoint import free_memory
+from expertmesh.device import free_memory
 from expertmesh.engine.worker import RankProcess, serve
 from expertmesh.errors import InputError
 from expertmesh.launch.channel import Channel
@@ -78,7 +78,7 @@ class _Process(RankProcess):
         topology, self._address = Topology(1, spec["ranks"], 1), spec["address"]
         super().__init__(topology, spec["rank"], self._address, topology.all_ranks(), TIMEOUT)
 
-    def begin(self) -> None:
+    def begin(self, message: dict[str, Any]) -> None:
         GlooComm(self.comm, self._address, TIMEOUT)  # makes the default group
 
     def do(self, message: dict[str, Any]) -> Any:

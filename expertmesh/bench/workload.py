@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from expertmesh.bench.gloo import NAME as PLAIN_COLLECTIVE
-from expertmesh.engine.checkpoint import free_memory
+from expertmesh.device import free_memory
+from expertmesh.engine.memory import MOST_RANKS
 from expertmesh.engine.plan import pieces_of
-from expertmesh.engine.ranks import MOST_RANKS
 from expertmesh.errors import InputError
 from expertmesh.kernels import Routing
 from expertmesh.kernels.reference import route

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from expertmesh.comm.base import Received
@@ -37,7 +38,9 @@ class Alone:
         return rows
 
     def gather_rows(self, mine: Tensor, wanted: Sequence[int]) -> Tensor:
-        return mine if list(wanted) == list(range(mine.shape[0])) else mine[list(wanted)]
+        if list(wanted) == list(range(mine.shape[0])):
+            return mine
+        return mine[torch.tensor(wanted, dtype=torch.int64).to(mine.device)]
 
     def gather_columns(self, part: Tensor) -> Tensor | None:
         return part

@@ -37,6 +37,9 @@ def add_engine(subparsers: Any) -> None:
         "--rounds", type=int, default=3, help="processes per engine, taken in turns (default: 3)"
     )
     engine.add_argument("--repeats", type=int, default=3, help="measurements in each process (default: 3)")
+    engine.add_argument(
+        "--device", default="auto", help="cpu, cuda, npu, or auto (default): a card if there is one"
+    )
     engine.add_argument("--threads", type=int, default=0, help="default: as many as torch takes")
     others = engine.add_mutually_exclusive_group()
     others.add_argument(
@@ -63,7 +66,7 @@ def bench_engine(args: argparse.Namespace) -> dict[str, Any]:
     model = ModelConfig.from_folder(folder)
     checkpoint = open_checkpoint(folder, model)
     options = given_cluster(args)
-    options["quantise"] = args.quantise
+    options |= {"quantise": args.quantise, "device": args.device}
     config = EngineConfig(dtype=args.dtype, **options)
     config.check_precision(model)
     options["quantise"] = quantise = config.quantise_of(model)

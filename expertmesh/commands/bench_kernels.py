@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from expertmesh.bench.kernels import COLD, PRECISIONS, Ceilings, bench, median
 from expertmesh.bench.ops import OPS, Setting
-from expertmesh.engine.checkpoint import free_memory
+from expertmesh.device import free_memory
 from expertmesh.errors import InputError
 from expertmesh.kernels.cpu import Cpu
 from expertmesh.kernels.table import kernels_of, native

@@ -27,7 +27,11 @@ TOPOLOGY_OPTIONS = (
     ("attention_tp", int, "cards of a node that share one attention (default: as many as the model allows)"),
 )
 CLUSTER_OPTIONS = (
-    ("ranks", str, "threads of this process (default), or processes, which they are on several machines"),
+    (
+        "ranks",
+        str,
+        "threads of this process, or processes, as on several machines and on cards (default: the former elsewhere)",
+    ),
     (
         "exchange",
         str,

@@ -13,7 +13,8 @@ import psutil
 import torch
 
 from expertmesh.commands.standings import describe, running_engines
-from expertmesh.engine.checkpoint import free_memory
+from expertmesh.device import KINDS, Device, find, free_memory, problem
+from expertmesh.device import found as found_devices
 from expertmesh.kernels import kernels_for
 from expertmesh.llm import demo_model
 
@@ -65,21 +66,32 @@ def _machine() -> dict[str, Any]:
 
 
 def _devices() -> dict[str, Any]:
-    capability = torch.backends.cpu.get_cpu_capability()
-    found: dict[str, Any] = {"cpu": f"{capability}, {torch.get_num_threads()} threads; used"}
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        found["cuda"] = f"{', '.join(names)}; not used by this version"
-    else:
-        found["cuda"] = "none"
-    npu = getattr(torch, "npu", None)
-    found["npu"] = "present; not used by this version" if npu is not None and npu.is_available() else "none"
+    """Of each kind: what is there, and whether it is used where --device does not say."""
+    taken = find("auto").kind
+    found: dict[str, Any] = {}
+    for kind in reversed(KINDS):
+        shown = ", ".join(_device(device) for device in found_devices(kind))
+        used = (
+            "used"
+            if kind == taken
+            else f"not used: {problem(kind) or f'{taken} comes first; say --device {kind}'}"
+        )
+        found[kind] = f"{shown}; {used}" if shown else used
     return found
 
 
+def _device(device: Device) -> str:
+    room = device.room()
+    count = f"card {device.index}" if device.is_card else f"{torch.get_num_threads()} threads"
+    return f"{device.name}, {count}, {room.free / 1e9:.1f} of {room.total / 1e9:.1f} GB free"
+
+
 def _kernels() -> dict[str, Any]:
-    kernels = kernels_for("cpu", "bfloat16")
+    device = find("auto")
+    kernels = kernels_for(device.kind, "bfloat16")
     table: dict[str, Any] = dict(kernels.origin)
+    if kernels.lacking:
+        table["lacking"] = kernels.lacking
     table["on reference"] = kernels.on_reference or "none"
     return table
 

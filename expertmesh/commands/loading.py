@@ -68,9 +68,11 @@ def describe_layout(llm: LLM) -> str:
     layout, config = llm.engine.layout, llm.engine.config
     topology, slots = layout.topology, layout.placement.slots_per_rank
     if topology.ranks == 1:
-        return f"1 node x 1 card, {config.dtype}, {torch.get_num_threads()} threads"
+        on = f"{torch.get_num_threads()} threads" if config.device == "cpu" else f"on {llm.engine.device}"
+        return f"1 node x 1 card, {config.dtype}, {on}"
+    on = "" if config.device == "cpu" else f" on {config.device}"
     return (
-        f"{topology.nodes} nodes x {topology.cards_per_node} cards as {config.ranks}, {config.dtype}; "
+        f"{topology.nodes} nodes x {topology.cards_per_node} cards as {config.ranks}{on}, {config.dtype}; "
         f"attention TP {topology.tp} x DP {topology.groups}; {slots} expert slots a card and layer, "
         f"{layout.how.name} exchange"
     )
@@ -102,7 +104,7 @@ def describe_served(llm: LLM, max_queue: int | None) -> dict[str, str]:
         "experts": f"{model.n_routed_experts} a layer in {layout.placement.slots_per_rank} slots a card",
         "kernels": f"torch's: {kernels.lacking}"
         if kernels.lacking
-        else "the CPU's own, where there are some",
+        else f"{'the CPU' if config.device == 'cpu' else config.device}'s own, where there are some",
         "memory": describe_memory(llm).removeprefix("MB a rank: ") + " MB a rank",
         "requests": f"{capacity} at a time{queue}, up to {config.max_context} tokens each",
     }

@@ -19,11 +19,12 @@ PROMPTS = {
 }
 JOIN = "--join"
 ENGINE_OPTIONS = (
+    ("device", str, "what computes: cpu, cuda, npu, or auto (default): a card where there is one"),
     ("max_context", int, "longest request in tokens, prompt and output together"),
     ("max_batch_tokens", int, "token rows of one step"),
     ("max_batch_requests", int, "requests that run at the same time"),
     ("chunk", int, "most prompt tokens of one request in one step"),
-    ("page_size", int, "tokens in a page of the latent cache"),
+    ("page_size", int, "tokens in a page of the latent cache (default: what the kernels are fastest with)"),
     ("cache_tokens", int, "tokens that the latent cache holds"),
     (
         "memory_per_rank",

@@ -22,6 +22,7 @@ class EngineConfig:
     them, else "none"), "none" (as they are computed), "w8a8" (8-bit
     whole numbers times rows that are quantised too), "experts_int8" and "experts_int4" (the routed experts' weights in
     groups of 128), "fp8" (the checkpoint's own FP8 blocks).
+    device: what computes: "cpu", "cuda", "npu", or "auto", the first kind of card that is there (`device.find`).
     max_context: longest request in tokens, prompt and output together.
     max_batch_tokens: token rows of one step; at least max_batch_requests, so that decoding never starves.
     max_batch_requests: requests that run at the same time; the others wait.
@@ -33,19 +34,20 @@ class EngineConfig:
     prefix_cache: whether requests share the pages of equal beginnings.
     strict: refuse to start where an op would run on its reference.
     Of several ranks: ranks: "threads" of this process, which share weights and start at once, or "processes", of this
-    machine or of many. exchange: the algorithm that takes rows to their experts (`mesh.traffic`): ours or, between
-    cards, a native one, which shares rows out to replicas evenly. redundant: slots of a layer beyond one per expert,
-    for replicas. timeout: seconds after which a process that does not answer has failed; computing is no reason not
-    to. overlap: whether a step is cut into two micro-batches, of which one computes while
-    the rows of the other travel: "on", "off", or "auto", which tries and keeps what is faster (`engine.plan`); with
-    it, sums of floating-point numbers may differ in their last bits from run to run. split: how each step's rows are
-    shared out to the replicas of an expert (`comm.replicas`): "now", "last", "even", or "auto", which finds out
-    where rows of processes cross nodes, and is "now" elsewhere.
+    machine or of many; "auto" is processes where each rank has a card, else threads. exchange: the algorithm that takes
+    rows to their experts (`mesh.traffic`): ours or, between cards, a native one, which shares rows out to replicas
+    evenly. redundant: slots of a layer beyond one per expert, for replicas. timeout: seconds after which a process
+    that does not answer has failed; computing is no reason not to. overlap: whether a step is cut into two
+    micro-batches, of which one computes while the rows of the other travel: "on", "off", or "auto", which tries and
+    keeps what is faster (`engine.plan`); with it, sums of floating-point numbers may differ in their last bits from run
+    to run. split: how each step's rows are shared out to the replicas of an expert (`comm.replicas`): "now", "last",
+    "even", or "auto", which finds out where rows of processes cross nodes, and is "now" elsewhere.
     rebalance: whether experts move to where the loads want them: "auto", "off", or "every=N" steps.
     """
 
     dtype: str = "auto"
     quantise: str = "auto"
+    device: str = "auto"
     max_context: int | None = None
     max_batch_tokens: int = 2048
     max_batch_requests: int = 64
@@ -55,7 +57,7 @@ class EngineConfig:
     memory_per_rank: str | None = None
     prefix_cache: bool = True
     strict: bool = False
-    ranks: str = "threads"
+    ranks: str = "auto"
     exchange: str = "two_tier"
     redundant: int = 0
     timeout: float = 30.0
@@ -68,8 +70,10 @@ class EngineConfig:
             raise InputError(f"dtype {self.dtype!r} is not one of auto, float32, bfloat16")
         if self.quantise != "auto":
             Precision.of(self.quantise)
-        if self.ranks not in ("threads", "processes"):
-            raise InputError(f"ranks {self.ranks!r} is not one of threads, processes")
+        if self.device not in ("auto", "cpu", "cuda", "npu"):
+            raise InputError(f"device {self.device!r} is not one of auto, cpu, cuda, npu")
+        if self.ranks not in ("auto", "threads", "processes"):
+            raise InputError(f"ranks {self.ranks!r} is not one of auto, threads, processes")
         if self.overlap not in ("auto", "on", "off"):
             raise InputError(f"overlap {self.overlap!r} is not one of auto, on, off")
         if self.split not in ("auto", "now", "last", "even"):
@@ -127,11 +131,11 @@ class EngineConfig:
                 "quantise fp8 keeps FP8 blocks of 128 x 128 as a checkpoint has them, and this one has none"
             )
 
-    def paged(self, readable: tuple[int, ...]) -> "EngineConfig":
-        """With page_size settled. readable: those that kernels can read, the best first, none where they read any.
-        InputError where the one that was asked for is none of them."""
+    def paged(self, best: int, readable: tuple[int, ...]) -> "EngineConfig":
+        """With page_size settled. best: what kernels are fastest with; readable: those that they can read, none where
+        they read any. InputError where the one that was asked for is none of them."""
         if self.page_size is None:
-            return replace(self, page_size=readable[0] if readable else PAGE_SIZE)
+            return replace(self, page_size=best)
         if readable and self.page_size not in readable:
             sizes = " or ".join(map(str, readable))
             raise InputError(
@@ -154,23 +158,26 @@ class EngineConfig:
         pages = (limit - weights) // per_page
         return replace(self, memory_per_rank=None, cache_tokens=pages * page)
 
-    def resolve(self, model: ModelConfig, free_bytes: int, ranks: int = 1) -> "EngineConfig":
+    def resolve(
+        self, model: ModelConfig, free_bytes: int, ranks: int = 1, dedicated: bool = False
+    ) -> "EngineConfig":
         """Fill in what is open. free_bytes: memory left for the caches of `ranks` ranks once the weights are in
-        place."""
+        place; dedicated: it is there for nothing else."""
         dtype = self.dtype_of(model)
         max_context = self.max_context or model.max_position_embeddings
         if max_context > model.max_position_embeddings:
             raise InputError(
                 f"max_context {max_context} is more than the model's {model.max_position_embeddings} positions"
             )
-        per_token = cache_bytes_per_token(model, dtype)
-        cache_tokens, page = self.cache_tokens, self.page_size or PAGE_SIZE
+        per_token, page = cache_bytes_per_token(model, dtype), self.page_size or PAGE_SIZE
+        cache_tokens = self.cache_tokens
         if cache_tokens is None:
-            # Enough for every running request at full length, but no more than half of what is free, nor more
-            # than 1 GiB in all (or 64 MiB a rank): pages are touched on first use, and a laptop has other work.
-            most = max((1 << 30) // ranks, 1 << 26)
-            wanted = min(max_context * self.max_batch_requests, most // per_token)
-            cache_tokens = max(page, min(wanted, free_bytes // ranks // 2 // per_token))
+            # Enough for every running request at full length. Of memory that serves others too no more than half of
+            # what is free, nor more than 1 GiB in all (or 64 MiB a rank): a laptop has other work.
+            most = free_bytes // ranks
+            if not dedicated:
+                most = min(most // 2, max((1 << 30) // ranks, 1 << 26))
+            cache_tokens = max(page, min(max_context * self.max_batch_requests, most // per_token))
         pages = -(-cache_tokens // page)
         return replace(
             self,

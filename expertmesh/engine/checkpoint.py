@@ -3,13 +3,11 @@
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-import psutil
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -152,25 +150,6 @@ def _missing_shards(folder: Path, names: list[str], absent: list[str], metadata:
 
 def _gb(count: float) -> str:
     return f"{count / 1e9:.1f} GB"
-
-
-def free_memory() -> int:
-    """Bytes that this process may still take: of the machine, of its cgroup, of its address space limit."""
-    free = psutil.virtual_memory().available
-    for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-        for root in ("/sys/fs/cgroup", "/sys/fs/cgroup/memory"):
-            try:
-                bound = int(Path(root, limit).read_text()) - int(Path(root, used).read_text())
-            except (OSError, ValueError):
-                continue
-            free = min(free, max(0, bound))
-    if sys.platform != "win32":
-        import resource
-
-        soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-        if soft != resource.RLIM_INFINITY:
-            free = min(free, max(0, soft - psutil.Process().memory_info().vms))
-    return free
 
 
 def check_memory(folder: Path, wanted: int, free: int) -> None:

@@ -4,6 +4,7 @@ Each is an edit, a function of one row; a row gets those that its request asks f
 stay as they are.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -60,9 +61,11 @@ def _counts(request: Request, mask: Mask) -> bool:
 def _presence_and_frequency(row_V: Tensor, request: Request, mask: Mask) -> None:
     """OpenAI's definition, over output tokens."""
     p = request.params
-    output = torch.tensor(request.tokens[request.prompt_length :], device=row_V.device)
-    seen, counts = output.unique(return_counts=True)
-    row_V[seen] -= p.presence_penalty + p.frequency_penalty * counts.to(row_V.dtype)
+    # Counted on the host: how many there are of them is nothing to wait for a card for.
+    found = Counter(request.tokens[request.prompt_length :])
+    seen = torch.tensor(sorted(found), device=row_V.device)
+    counts = torch.tensor([found[token] for token in sorted(found)], dtype=row_V.dtype, device=row_V.device)
+    row_V[seen] -= p.presence_penalty + p.frequency_penalty * counts
 
 
 def _is_biased(request: Request, mask: Mask) -> bool:
@@ -110,8 +113,7 @@ def _ban(row_V: Tensor, request: Request, mask: Mask) -> None:
         ids = torch.tensor(tokens, dtype=torch.int64, device=row_V.device)
         before = row_V[ids]
         row_V[ids] = -torch.inf
-        if tokens and row_V.amax() == -torch.inf:
-            row_V[ids] = before
+        row_V[ids] = before.where(row_V.amax() == -torch.inf, -torch.inf)
 
 
 def _last_of_bad_words(request: Request) -> list[int]:

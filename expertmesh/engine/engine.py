@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from expertmesh.config import EngineConfig, ModelConfig
+from expertmesh.device import Device, find
 from expertmesh.engine.balancer import Balancer
 from expertmesh.engine.cache import PageCache
 from expertmesh.engine.checkpoint import Progress, open_checkpoint
@@ -23,7 +24,7 @@ from expertmesh.engine.scheduler import Scheduler
 from expertmesh.engine.tally import Stopwatch, Tally
 from expertmesh.engine.text import Outputs
 from expertmesh.errors import InputError
-from expertmesh.kernels import kernels_for
+from expertmesh.kernels import Kernels, kernels_for
 from expertmesh.launch.launcher import Launcher
 from expertmesh.mesh.layout import Layout
 from expertmesh.mesh.topology import Topology
@@ -50,22 +51,16 @@ class Engine:
             )
         intake = Intake.of(folder, self.model)
         checkpoint = open_checkpoint(folder, self.model)
-        self.kernels = kernels = kernels_for("cpu", config.dtype_of(self.model), config.strict)
-        if kernels.lacking and config.quantise == "auto":
-            config = replace(config, quantise="none")
-        if kernels.lacking and config.quantise != "none":
-            raise InputError(f"quantise {config.quantise} needs the CPU's own kernels: {kernels.lacking}")
-        if kernels.lacking:
-            logging.getLogger(__name__).warning(
-                "slower than it could be: the CPU's own kernels are not there (%s)", kernels.lacking
-            )
+        self.device = device = find(config.device)
+        config = _placed(config, device, self.layout)
+        self.kernels = kernels = kernels_for(device.kind, config.dtype_of(self.model), config.strict)
+        config = _computable(config, kernels, device)
         self.ranks: Ranks
         if config.ranks == "processes":
-            self.ranks = ProcessRanks(
-                checkpoint, config, self.layout, kernels, launcher, progress if callable(progress) else None
-            )
+            told = progress if callable(progress) else None
+            self.ranks = ProcessRanks(checkpoint, config, self.layout, kernels, device, launcher, told)
         else:
-            self.ranks = ThreadRanks(checkpoint, config, self.layout, kernels, progress)
+            self.ranks = ThreadRanks(checkpoint, config, self.layout, kernels, device, progress)
         self.config = self.ranks.config
         self.planner = self.new_planner(self.config.overlap)
         self.balancer = self._new_balancer()
@@ -219,6 +214,42 @@ class Engine:
             self.finish(request.id, "stop")
         request.finish_reason = output.finish_reason
         return output
+
+
+def _placed(config: EngineConfig, device: Device, layout: Layout) -> EngineConfig:
+    """With the device and the kind of ranks that "auto" stands for. InputError where ranks cannot be on this device as
+    they are asked for."""
+    several = device.is_card and layout.topology.ranks > 1
+    if layout.how.native is not None and not several:
+        package = layout.how.native
+        raise InputError(f"exchange {layout.how.name} is {package}'s, between cards; here take two_tier")
+    ranks = config.ranks
+    if ranks == "auto":
+        ranks = "processes" if several else "threads"
+    if several and ranks == "threads":
+        raise InputError(
+            f"ranks threads: on {device.kind} each rank is a process, which has a card of its own; say processes, or "
+            "--device cpu"
+        )
+    if several and config.rebalance != "off":
+        raise InputError(
+            f"rebalance {config.rebalance}: experts move between processors only, not on {device.kind}"
+        )
+    return replace(config, device=device.kind, ranks=ranks)
+
+
+def _computable(config: EngineConfig, kernels: Kernels, device: Device) -> EngineConfig:
+    """As it can be computed with these kernels. Where our own are not there that is said, quantised weights are made
+    whole, and those that have to be quantised are an InputError."""
+    if not kernels.lacking:
+        return config
+    own = "the CPU's own kernels" if device.kind == "cpu" else f"kernels of our own for {device.kind}"
+    if config.quantise not in ("auto", "none"):
+        raise InputError(f"quantise {config.quantise} needs {own}: {kernels.lacking}")
+    logging.getLogger(__name__).warning(
+        "slower than it could be: %s are not there (%s)", own, kernels.lacking
+    )
+    return replace(config, quantise="none")
 
 
 def _scheduler(c: EngineConfig) -> Scheduler:

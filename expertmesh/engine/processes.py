@@ -4,7 +4,7 @@ import secrets
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -14,9 +14,11 @@ from expertmesh.comm.base import ByteCount
 from expertmesh.comm.local import cores
 from expertmesh.comm.meeting import Place
 from expertmesh.config import EngineConfig
+from expertmesh.device import Device, Room, find
 from expertmesh.engine.checkpoint import Checkpoint, Progress
+from expertmesh.engine.memory import check_sharing, resolve_memory
 from expertmesh.engine.plan import Plan
-from expertmesh.engine.ranks import matched, resolve_memory, sum_loads
+from expertmesh.engine.ranks import matched, sum_loads
 from expertmesh.engine.wire import BatchWriter, read_result, write_masks
 from expertmesh.kernels import Kernels
 from expertmesh.launch.crew import Crew
@@ -30,6 +32,7 @@ from expertmesh.request import Batch, StepResult
 
 PRELOAD = ("torch", "numpy", "greenlet", "expertmesh.engine.worker")
 PROGRAM = "expertmesh.engine.worker:serve_rank"
+Agree: TypeAlias = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
 
 
 class ProcessRanks:
@@ -42,6 +45,7 @@ class ProcessRanks:
         config: EngineConfig,
         layout: Layout,
         kernels: Kernels,
+        device: Device,
         launcher: Launcher | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -49,22 +53,40 @@ class ProcessRanks:
         self.layout = layout
         ranks = layout.topology.ranks
         sharing = (launcher.sharing if launcher else None) or ranks
-        self.config, self.memory = resolve_memory(
-            checkpoint, config, layout, kernels, sharing, together=False
-        )
+        check_sharing(sharing)
+
+        def settle(room: Room, sharing: int) -> None:
+            self.config, self.memory = resolve_memory(
+                checkpoint, config, layout, kernels, room, sharing, together=False
+            )
+
+        if device.is_card:
+            find(
+                device.kind, sharing - 1
+            )  # refused before anything starts; other machines see for themselves
+        else:
+            settle(device.room(), sharing)
+
+        def agree(places: Sequence[dict[str, Any]]) -> dict[str, Any]:
+            """What ranks on cards have: each says how much memory its own has, and none has less of the cache."""
+            if device.is_card:
+                settle(min((Room(**place["room"]) for place in places), key=lambda room: room.free), 1)
+            store = [places[0]["address"], places[0].get("store")]
+            return {"config": asdict(self.config), "store": store}
+
         self._steps = self.resets = 0
         self._writers = [BatchWriter() for _ in range(layout.topology.groups)]
         common = {
             "folder": str(checkpoint.folder.resolve()),
-            "config": asdict(self.config),
+            "device": device.kind,
+            "timeout": config.timeout,
             "layout": layout.to_plain(),
             "threads": max(1, cores() // sharing),
-            "native": kernels.graph is not None,
+            "own": not kernels.lacking,
         }
-        specs = [common | {"rank": rank} for rank in range(ranks)]
-        launcher = launcher or Here(PRELOAD)
+        specs = [common | {"rank": rank, "card": rank % sharing} for rank in range(ranks)]
         self.crew, self.places = assemble(
-            launcher, PROGRAM, specs, layout.topology, self.config.timeout, progress
+            launcher or Here(PRELOAD), PROGRAM, specs, layout.topology, config.timeout, progress, agree
         )
         # Also where nobody closes: when this object goes, or the interpreter.
         self._end = weakref.finalize(self, Crew.close, self.crew)
@@ -151,16 +173,18 @@ def assemble(
     topology: Topology,
     timeout: float,
     progress: Progress | None = None,
+    agree: Agree = lambda places: {},
 ) -> tuple[Crew, list[dict[str, Any]]]:
-    """Start ranks whose program is a `worker.RankProcess`, and have them meet. Returns also where each is: host,
-    interface, and the address and port that others reach. Where it fails, nothing is left, nor of the launcher."""
+    """Start ranks whose program is a `worker.RankProcess`, and have them meet. agree: from what they say of themselves
+    to what all are told when they meet. Returns also where each is: host, interface, and the address and port that
+    others reach. Where it fails, nothing is left, nor of the launcher."""
     try:
         crew = Crew(launcher, program, specs, topology, timeout, progress)
     except BaseException:
         launcher.close()
         raise
     try:
-        return crew, _introduce(crew)
+        return crew, _introduce(crew, agree)
     except BaseException:
         crew.close()
         raise
@@ -171,10 +195,12 @@ def tell_standings(crew: Crew) -> None:
     tell_on_signal(lambda: "\n".join(crew.stands()), at_once=False)
 
 
-def _introduce(crew: Crew) -> list[dict[str, Any]]:
-    """Tell every rank where the others are, and wait until each is connected with those that it talks with."""
+def _introduce(crew: Crew, agree: Agree) -> list[dict[str, Any]]:
+    """Tell every rank where the others are, and wait until each is connected with those that it talks with, and has
+    begun."""
     count = len(crew.members)
     places: list[dict[str, Any]] = crew.ask([{"do": "place"}] * count)
     needed = [{name: place[name] for name in Place.__dataclass_fields__} for place in places]
-    crew.ask([{"do": "meet", "places": needed, "token": secrets.token_bytes(16)}] * count)
+    meet = {"do": "meet", "places": needed, "token": secrets.token_bytes(16)}
+    crew.ask([meet | agree(places)] * count)
     return places

@@ -5,9 +5,7 @@ import socket
 import threading
 import time
 import weakref
-from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -18,35 +16,20 @@ from expertmesh.comm.base import ByteCount, Collectives, Comm, CommError
 from expertmesh.comm.exchange import TieredExchange
 from expertmesh.comm.group import Clustered
 from expertmesh.comm.local import LocalWorld
-from expertmesh.config import EngineConfig, cache_bytes_per_token
-from expertmesh.config.precision import Precision
-from expertmesh.engine.checkpoint import Checkpoint, Progress, check_memory, free_memory, load_ranks
+from expertmesh.config import EngineConfig
+from expertmesh.device import Device
+from expertmesh.engine.checkpoint import Checkpoint, Progress, load_ranks
+from expertmesh.engine.memory import Memory, check_sharing, new_weights, resolve_memory, shards_of
 from expertmesh.engine.plan import Plan
 from expertmesh.engine.runner import Runner
-from expertmesh.errors import InputError, RankFailure
+from expertmesh.errors import RankFailure
 from expertmesh.kernels import Kernels
 from expertmesh.launch.crew import name_of, place_of
 from expertmesh.mesh.layout import Layout
 from expertmesh.mesh.migration import Move
 from expertmesh.mesh.placement import Placement
 from expertmesh.model.deepseek import DeepSeek
-from expertmesh.model.layers import Made, New
 from expertmesh.request import Batch, StepResult
-from expertmesh.weights import Shard, expert_bytes, moves_experts, static_bytes
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Static memory of one rank, in bytes. weights: by kind (`weights.Kind`); together: of all ranks of this machine,
-    where ranks may share."""
-
-    kinds: Counter[str]
-    cache: int
-    together: int
-
-    @property
-    def weights(self) -> int:
-        return sum(self.kinds.values())
 
 
 class Ranks(Protocol):
@@ -111,82 +94,14 @@ class Ranks(Protocol):
         ...
 
 
-def resolve_memory(
-    checkpoint: Checkpoint,
-    config: EngineConfig,
-    layout: Layout,
-    kernels: Kernels,
-    sharing: int,
-    together: bool,
-) -> tuple[EngineConfig, Memory]:
-    """Settle the size of the caches, before anything is loaded. sharing: how many ranks share a machine; together:
-    whether they also share what is the same. InputError where the model is larger than the memory of this machine, to
-    which others are taken to be alike."""
-    model, topology = checkpoint.config, layout.topology
-    if sharing > MOST_RANKS:
-        raise InputError(f"{sharing} ranks on one machine; at most {MOST_RANKS} are possible")
-    if layout.how.native is not None:
-        package = layout.how.native
-        raise InputError(f"exchange {layout.how.name} is {package}'s, between cards; on CPUs take two_tier")
-    dtype = config.dtype_of(model)
-    shards = shards_of(layout, config)
-    config.check_precision(model)
-    config = replace(config, quantise=config.quantise_of(model))
-    packed = kernels.graph is not None
-    kinds = static_bytes(
-        model, dtype, shards[0], config.quantise, packed=packed
-    )  # all ranks have as many slots
-    if moves_experts(model, topology, config.rebalance):
-        kinds["spare"] = expert_bytes(model, dtype, config.quantise, packed)
-    config = config.paged(kernels.page_sizes).within(model, sum(kinds.values()))
-    weights = sum(kinds.values()) * sharing
-    if together:
-        made: dict[Hashable, Made] = {}
-        for shard in shards:
-            DeepSeek(model, shard, kernels, new_weights(config, dtype, "meta", kernels, made))
-        weights = sum(t.nbytes for t in made.values()) + kinds["spare"] * topology.ranks
-    free = free_memory()
-    check_memory(checkpoint.folder, weights, free)
-    resolved = config.resolve(model, free - weights, sharing)
-    cache = (resolved.cache_tokens or 0) * cache_bytes_per_token(model, dtype)
-    if cache * sharing > free - weights:
-        raise InputError(
-            f"a cache of {resolved.cache_tokens} tokens takes {cache * sharing / 1e9:.1f} GB, and "
-            f"{(free - weights) / 1e9:.1f} GB are free beside the weights; lower cache_tokens or page_size"
-        )
-    return resolved, Memory(kinds, cache, weights)
-
-
 # A rank that computes for long is late at a collective without having failed; one that dies, or does not answer, is
 # seen otherwise. So only a deadlock meets this bound, in time-outs.
 PATIENCE = 40
 GRACE = 5.0  # seconds in which the cause of a failure shows, when others have seen its effect
-MOST_RANKS = 1024
-TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def new_weights(
-    config: EngineConfig,
-    dtype: str,
-    device: str,
-    kernels: Kernels,
-    made: dict[Hashable, Made] | None = None,
-) -> New:
-    """What makes a model's weights as the configuration wants them; made: what ranks of one process share."""
-    precision = Precision.of(config.quantise)
-    return New(TORCH_DTYPES[dtype], torch.device(device), kernels, made, precision)
-
-
-def shards_of(layout: Layout, config: EngineConfig) -> list[Shard]:
-    """What each rank holds. Experts that may move are a rank's own, also where another one begins with the same."""
-    shards = [Shard.of(rank, layout.topology, layout.placement) for rank in range(layout.topology.ranks)]
-    if config.rebalance == "off":
-        return shards
-    return [replace(shard, own=rank) for rank, shard in enumerate(shards)]
 
 
 def collectives_of(layout: Layout, comm: Comm) -> Collectives:
-    """What the runner of one rank of several needs."""
+    """What the runner of one rank of several needs, whose rows lie in the memory of a processor."""
     return Clustered(comm, TieredExchange(comm, layout.placement, layout.how))
 
 
@@ -199,15 +114,16 @@ class ThreadRanks:
         config: EngineConfig,
         layout: Layout,
         kernels: Kernels,
+        device: Device,
         progress: bool | Progress,
     ) -> None:
-        self.layout = layout
+        self.layout, topology = layout, layout.topology
+        check_sharing(topology.ranks)
         self.config, self.memory = resolve_memory(
-            checkpoint, config, layout, kernels, layout.topology.ranks, together=True
+            checkpoint, config, layout, kernels, device.room(), topology.ranks, together=True
         )
-        topology = layout.topology
         self._world = LocalWorld(topology, PATIENCE * config.timeout)
-        new = new_weights(self.config, self.config.dtype, "cpu", kernels, {})
+        new = new_weights(self.config, self.config.dtype, device.where, kernels, {})
         self.runners: list[Runner] = []
         self._comms: list[Comm] = []
         shards = shards_of(layout, config)
@@ -218,7 +134,7 @@ class ThreadRanks:
                 comm = self._world.comm(rank)
                 self._comms.append(comm)
                 collectives = collectives_of(layout, comm)
-            self.runners.append(Runner(model, self.config, collectives))
+            self.runners.append(Runner(model, self.config, collectives, device))
         load_ranks(
             checkpoint, [(r.model.weights(), s) for r, s in zip(self.runners, shards, strict=True)], progress
         )
@@ -325,7 +241,7 @@ class ThreadRanks:
         self._all([lambda runner: runner.mover.commit(moves, placement)] * self.layout.topology.ranks)
 
     def loads(self) -> dict[int, Tensor]:
-        return sum_loads([r.loads.counts for r in self.runners])
+        return sum_loads([r.loads.on_host() for r in self.runners])
 
     def sent(self) -> list[ByteCount]:
         return [comm.sent for comm in self._comms]

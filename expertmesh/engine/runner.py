@@ -1,9 +1,9 @@
 """One rank: the weights, the cache's memory, and one step of the model over a batch."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, cast
+from itertools import chain
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,16 +11,19 @@ from torch import Tensor
 from expertmesh.comm.alone import Alone
 from expertmesh.comm.base import Collectives, Exchange, Group, MovingExchange
 from expertmesh.config import EngineConfig
+from expertmesh.device import Device
 from expertmesh.engine import sampler
 from expertmesh.engine.moving import Mover
 from expertmesh.engine.parts import Parts
 from expertmesh.engine.plan import Plan, cut
-from expertmesh.engine.replay import Replay
-from expertmesh.kernels import AttentionRows, Rotary
+from expertmesh.engine.replay import Replay, Some
+from expertmesh.kernels import AttentionRows, Kernels, Rotary
+from expertmesh.kernels.capture import CardGraph
+from expertmesh.kernels.tape import Graph, Taped
 from expertmesh.kernels.types import Prefill, rotary_table
 from expertmesh.model.deepseek import DeepSeek
-from expertmesh.model.step import Loads, Step
-from expertmesh.request import Batch, Request, StepResult
+from expertmesh.model.step import Counts, Loads, Step
+from expertmesh.request import Batch, Request, Slice, StepResult
 
 
 class Runner:
@@ -29,25 +32,28 @@ class Runner:
     config is resolved.
     """
 
-    def __init__(self, model: DeepSeek, config: EngineConfig, collectives: Collectives) -> None:
-        self.model, self.config, self.collectives = model, config, collectives
-        self.device = model.norm.device
-        assert config.page_size
-        self.page_size = config.page_size
-        pages = (config.cache_tokens or 0) // self.page_size
-        c = model.config
+    def __init__(
+        self, model: DeepSeek, config: EngineConfig, collectives: Collectives, device: Device
+    ) -> None:
+        assert config.page_size and config.cache_tokens and config.max_context
+        self.model, self.config, self.collectives, self.device = model, config, collectives, device
+        self._page, self._slots = config.page_size, config.cache_tokens
+        # Of several ranks each would have to record, and to run again, in the same steps.
+        graph = _graph_of(model.kernels, device) if isinstance(collectives, Alone) else None
+        spare = 1 if graph is not None and graph.ahead else 0  # where rows that do nothing write
+        c, pages = model.config, config.cache_tokens // self._page + spare
+        sizes = (pages, self._page, c.kv_lora_rank, c.qk_rope_head_dim)
         self.cache = [
-            model.kernels.cache(
-                pages, self.page_size, c.kv_lora_rank, c.qk_rope_head_dim, model.norm.dtype, self.device
-            )
-            for _ in range(c.num_hidden_layers)
+            model.kernels.cache(*sizes, model.norm.dtype, device.where) for _ in range(c.num_hidden_layers)
         ]
-        self.cos, self.sin = rotary_table(model.config, config.max_context or 1)
+        # Computed on the host, so that it has the same bits everywhere.
+        table = rotary_table(model.config, config.max_context)
+        self.cos, self.sin = (each.to(device.where) for each in table)
         self.loads = Loads(model.kernels.count)
-        self.parts = Parts()
-        graph = model.kernels.graph
-        alone = isinstance(collectives, Alone)
-        self.replay = Replay(graph, config, self._decode) if graph is not None and alone else None
+        self.parts = Parts(device.clock)
+        self.replay: Replay | None = None
+        if graph is not None:
+            self.replay = Replay(graph, config, device, self._decode_some if graph.ahead else self._decode)
 
     @cached_property
     def mover(self) -> Mover:
@@ -94,38 +100,57 @@ class Runner:
     def _decode(self, tokens_T: Tensor, positions_T: Tensor, rows: AttentionRows) -> Tensor:
         """Of a rank that is alone."""
         group, exchange = self.collectives.group(len(tokens_T)), self.collectives.exchange
-        return self.model(self._step_of(tokens_T, positions_T, rows, group, exchange))
+        return self.model(self._step_of(tokens_T, positions_T, rows, group, exchange, self.loads))
+
+    def _decode_some(self, tokens_T: Tensor, positions_T: Tensor, rows: AttentionRows) -> Tensor:
+        """The same of rows of which some do nothing: those that write behind the cache choose no expert."""
+        group = self.collectives.group(len(tokens_T))
+        some = Some(self.collectives.exchange, self.loads, (rows.slots_T < self._slots).unsqueeze(1))
+        return self.model(self._step_of(tokens_T, positions_T, rows, group, some, some))
 
     def _step(self, batch: Batch, group: Group, exchange: Exchange) -> Step:
         """Positions, cache slots and pages of every row, from plain lists to tensors once."""
-        size = self.page_size
+        size = self._page
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
         decoding = [s for s in batch.slices if s.decodes]
-        prefills = []
+        prefills: list[tuple[int, Slice]] = []
         for part in batch.slices:
             pages, end = part.request.pages, part.start + part.count
             if not part.decodes:
-                used = self._ints(pages[: -(-end // size)])
-                prefills.append(Prefill(len(tokens), part.count, end, used, part.tail))
+                prefills.append((len(tokens), part))
             tokens += part.request.tokens[part.start : end]
             positions += range(part.start, end)
             slots += [pages[p // size] * size + p % size for p in range(part.start, end)]
         used_pages = [s.request.pages[: s.start // size + 1] for s in decoding]
         most = max(map(len, used_pages), default=0)
-        table = [pages + [0] * (most - len(pages)) for pages in used_pages]
-        rows = AttentionRows(
-            slots_T=self._ints(slots),
-            decoding=len(decoding),
-            pages_BM=self._ints(table),
-            lengths_B=self._ints([s.start + 1 for s in decoding]),
-            prefills=tuple(prefills),
+        table = list(chain.from_iterable(pages + [0] * (most - len(pages)) for pages in used_pages))
+        lengths = [s.start + 1 for s in decoding]
+        whole = [part.request.pages[: -(-(part.start + part.count) // size)] for _, part in prefills]
+        tokens_T, positions_T, slots_T, lengths_B, table_P, *pages_of = self.device.put(
+            [tokens, positions, slots, lengths, table, *whole]
         )
-        return self._step_of(self._ints(tokens), self._ints(positions), rows, group, exchange)
+        rows = AttentionRows(
+            slots_T=slots_T,
+            decoding=len(decoding),
+            pages_BM=table_P.view(len(decoding), most),
+            lengths_B=lengths_B,
+            prefills=tuple(
+                Prefill(first, part.count, part.start + part.count, pages_M, part.tail)
+                for (first, part), pages_M in zip(prefills, pages_of, strict=True)
+            ),
+        )
+        return self._step_of(tokens_T, positions_T, rows, group, exchange, self.loads)
 
     def _step_of(
-        self, tokens_T: Tensor, positions_T: Tensor, rows: AttentionRows, group: Group, exchange: Exchange
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        rows: AttentionRows,
+        group: Group,
+        exchange: Exchange,
+        loads: Counts,
     ) -> Step:
         interleaved = self.model.config.rope_interleave and not self.model.kernels.de_interleaved
         return Step(
@@ -135,11 +160,8 @@ class Runner:
             cache=self.cache,
             tp=group,
             exchange=exchange,
-            loads=self.loads,
+            loads=loads,
         )
-
-    def _ints(self, values: Sequence[Any]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
 
     def _judge(self, judged: "_Judged", rows: Tensor, group: Group) -> list[dict[int, float] | None]:
         """What the model thought of the prompt tokens that follow these rows."""
@@ -188,6 +210,13 @@ def _asked(batch: Batch) -> _Asked:
         if part.samples:
             sampling.append((first - 1, request))
     return _Asked(sampling, judged)
+
+
+def _graph_of(kernels: Kernels, device: Device) -> Graph | None:
+    """What steps with these kernels are recorded in, where they can be."""
+    if kernels.graph is not None:
+        return Taped(kernels.graph)
+    return CardGraph(device.library) if device.is_card and not kernels.uncaptured else None
 
 
 # Rows whose logits are held at a time for prompt_logprobs: 128 of V3's vocabulary are 66 MB.

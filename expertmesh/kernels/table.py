@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from expertmesh.config import ModelConfig
+from expertmesh.config.engine import PAGE_SIZE
 from expertmesh.config.precision import Format
 from expertmesh.errors import InputError
-from expertmesh.kernels import eager, reference
+from expertmesh.kernels import eager, grouped, reference
 from expertmesh.kernels.cpu import Cpu, variants
 from expertmesh.kernels.memory import Cache, Kept, latent_cache
 from expertmesh.kernels.npu import cache
 from expertmesh.kernels.npu.contracts import PUBLISHED, Limit
 from expertmesh.kernels.packed import LatentUp, Weight
-from expertmesh.kernels.tape import Graph
+from expertmesh.kernels.tape import Recorder
 from expertmesh.kernels.types import AttentionRows, Queries, Rotary, Routing
 from expertmesh.native import NotBuilt
 
@@ -131,9 +132,10 @@ class Experts(Protocol):
 class Kernels:
     """One implementation per op. de_interleaved: weights have the rows of rotary parts in the order of halves
     (`places.de_interleaved`), whatever the checkpoint has; cache: makes the latent cache as these kernels have it in
-    memory; page_sizes: tokens of a page that they can read, the best first, none where they read any; graph: what
-    records a step's ops and runs them again in one call, where there is such; lacking: why the device's own kernels are
-    not there, where they should be."""
+    memory; page: tokens of a page of it that they are fastest with; page_sizes: those that they can read, none where
+    they read any; graph: what records a step's ops and runs them again in one call, where these kernels can; lacking:
+    why the device's own kernels are not there, where they should be; uncaptured: why a graph of the device cannot hold
+    a step of these ops, where it cannot."""
 
     matrix: Matrix
     latent_up: NewLatentUp
@@ -153,9 +155,11 @@ class Kernels:
     origin: dict[str, str]
     de_interleaved: bool = False
     cache: NewCache = latent_cache
+    page: int = PAGE_SIZE
     page_sizes: tuple[int, ...] = ()
-    graph: Graph | None = None
+    graph: Recorder | None = None
     lacking: str = ""
+    uncaptured: str = ""
 
     @property
     def on_reference(self) -> list[str]:
@@ -169,6 +173,8 @@ OPS = tuple(f.name for f in fields(Kernels) if f.default is MISSING and f.name !
 
 # Kinds of devices that are accelerators, and the package that gives them kernels.
 ACCELERATORS = {"cuda": "triton", "npu": "torch-npu"}
+# Tokens of a page: a page is one tile of keys, and Ascend waits less often with larger ones.
+PAGES = {"cuda": PAGE_SIZE, "npu": 128}
 
 
 def kernels_for(device_type: str, dtype: str = "float32", strict: bool = False) -> Kernels:
@@ -177,6 +183,7 @@ def kernels_for(device_type: str, dtype: str = "float32", strict: bool = False) 
     kernels = kernels_of(None)
     try:
         if device_type in ACCELERATORS:
+            kernels = _libraries(device_type)
             kernels = accelerated(device_type)
         elif device_type == "cpu" and dtype == "bfloat16":
             kernels = kernels_of(native())
@@ -217,11 +224,21 @@ def accelerated(device_type: str) -> Kernels:
             raise
         package = ACCELERATORS[device_type]
         raise NotBuilt(f"{package} is not installed; pip install {package}") from None
-    return replace(_fastest([("triton", attention), ("triton", moe)]), de_interleaved=True)
+    own = _fastest([("grouped", grouped), ("triton", attention), ("triton", moe)])
+    return replace(own, de_interleaved=True, page=PAGES[device_type])
+
+
+def _libraries(device_type: str) -> Kernels:
+    """What a card computes with where nothing was made for it."""
+    kernels = _fastest([("grouped", grouped)])
+    why = "library kernels read all of the longest context there may be"
+    return replace(kernels, page=PAGES[device_type], uncaptured=why)
 
 
 def fused_by_ascend(limits: Mapping[str, Limit] = PUBLISHED) -> Kernels:
     """Ops of torch_npu. limits: of the card, as published. ImportError where it is not installed or does not load."""
+    import torch_npu  # noqa: F401  (all of them need it, also where they have been imported before)
+
     from expertmesh.kernels.npu.attention import Attention
     from expertmesh.kernels.npu.moe import Moe
     from expertmesh.kernels.npu.ops import Ops
@@ -229,8 +246,14 @@ def fused_by_ascend(limits: Mapping[str, Limit] = PUBLISHED) -> Kernels:
 
     ops = Ops(limits)
     products = Products(ops)
-    made = _fastest([("torch_npu", own) for own in (products, Attention(ops, products), Moe(ops, products))])
-    return replace(made, cache=cache.latent_cache, page_sizes=cache.PAGE_SIZES)
+    own = [("torch_npu", each) for each in (products, Attention(ops, products), Moe(ops, products))]
+    return replace(
+        _fastest([("grouped", grouped), *own]),
+        cache=cache.latent_cache,
+        page=cache.PAGE_SIZES[0],
+        page_sizes=cache.PAGE_SIZES,
+        uncaptured="attention takes the lengths of sequences from the host",
+    )
 
 
 def _fastest(own: list[tuple[str, Any]]) -> Kernels:

@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -72,8 +73,8 @@ class Tape:
         return ctypes.c_void_p(address), ctypes.c_int64(count)
 
 
-class Graph(Protocol):
-    """What records ops."""
+class Recorder(Protocol):
+    """Kernels that write down what they compute."""
 
     def recording(self, tape: Tape) -> AbstractContextManager[None]:
         """What is computed meanwhile goes on the tape."""
@@ -82,3 +83,50 @@ class Graph(Protocol):
     def replay(self, tape: Tape) -> None:
         """Compute it again."""
         ...
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A step: where its result is, each time that `again` has computed it. None: it cannot be computed again."""
+
+    out: Tensor
+    again: Callable[[], None] | None
+
+
+class Graph(Protocol):
+    """What a step is recorded in once and run again with one call: a tape, or a graph of a card (`capture`).
+
+    ahead: a step is recorded before its rows are there, on rows that do nothing; else by computing it.
+    """
+
+    ahead: bool
+
+    def size(self, rows: int) -> int:
+        """Of how many rows the step is that serves so many."""
+        ...
+
+    def record(self, compute: Callable[[], Tensor]) -> Recorded:
+        """NotCaptured where that does not work; then nothing else has changed."""
+        ...
+
+
+class NotCaptured(RuntimeError):
+    """Why a step could not be recorded."""
+
+
+class Taped:
+    """Tapes of one rank, which share memory. Implements `Graph`."""
+
+    ahead = False
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder, self._pool = recorder, Pool()
+
+    def size(self, rows: int) -> int:
+        return rows
+
+    def record(self, compute: Callable[[], Tensor]) -> Recorded:
+        tape = Tape(self._pool)
+        with self._recorder.recording(tape):
+            out = compute()
+        return Recorded(out, partial(self._recorder.replay, tape) if tape.whole else None)

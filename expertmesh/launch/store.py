@@ -89,6 +89,23 @@ class Store:
         )
 
 
+def hosted(address: str) -> "TCPStore":
+    """A store for the libraries by which cards talk, at a free port of this machine's address."""
+    from torch.distributed import TCPStore
+
+    return TCPStore(address, 0, is_master=True, wait_for_workers=False)
+
+
+def joined(address: str, port: int, timeout: float) -> "TCPStore":
+    """That store, of another process. RankFailure where it cannot be reached within `timeout` seconds."""
+    from torch.distributed import TCPStore
+
+    reach(address, port, timeout)
+    return TCPStore(
+        address, port, is_master=False, timeout=timedelta(seconds=timeout), wait_for_workers=False
+    )
+
+
 def reach(host: str, port: int, timeout: float) -> str:
     """Wait until somebody listens there. Returns the address of this machine from which it is reached. RankFailure
     where that takes longer than `timeout` seconds."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,8 +12,16 @@ from expertmesh.kernels import AttentionRows, Rotary
 from expertmesh.kernels.memory import Cache
 
 
+class Counts(Protocol):
+    """Who is told which experts rows choose."""
+
+    def record(self, layer: int, experts_TK: Tensor, experts: int) -> None:
+        """experts: how many the layer has."""
+        ...
+
+
 class Loads:
-    """How many of this rank's own rows chose each expert, per layer with routed experts."""
+    """How many of this rank's own rows chose each expert, per layer with routed experts. Implements `Counts`."""
 
     # Whether what is recorded is an op like any other, so that a step that is run again counts again.
     repeatable = True
@@ -25,8 +34,12 @@ class Loads:
     def record(self, layer: int, experts_TK: Tensor, experts: int) -> None:
         counts = self.counts.get(layer)
         if counts is None:
-            counts = self.counts[layer] = torch.zeros(experts, dtype=torch.int64)
+            counts = self.counts[layer] = torch.zeros(experts, dtype=torch.int64, device=experts_TK.device)
         self._count(experts_TK, counts)
+
+    def on_host(self) -> dict[int, Tensor]:
+        """Counts where the driver can read them: on a processor themselves."""
+        return {layer: counts.cpu() for layer, counts in self.counts.items()}
 
     @torch.inference_mode()
     def reset(self) -> None:
@@ -45,4 +58,4 @@ class Step:
     cache: list[Cache]
     tp: Group
     exchange: Exchange
-    loads: Loads
+    loads: Counts

@@ -15,7 +15,7 @@ from expertmesh.config import EngineConfig
 from expertmesh.config.precision import INT4, W8A8
 from expertmesh.convert.run import DESCRIPTION, converted
 from expertmesh.engine.checkpoint import load
-from expertmesh.engine.ranks import new_weights
+from expertmesh.engine.memory import new_weights
 from expertmesh.kernels.packed import Packed, PackedRows
 from expertmesh.kernels.table import kernels_for
 from expertmesh.model.deepseek import DeepSeek

@@ -68,7 +68,7 @@ def test_more_ranks_than_memory_are_refused_before_anything_starts(tmp_path: Pat
     [
         (Topology(2, 3, 3), {}, "attention_tp 3 does not divide num_attention_heads 4"),
         (Topology(2, 2), {"exchange": "ring"}, "exchange 'ring' is not one of flat"),
-        (Topology(2, 2), {"ranks": "fibers"}, "ranks 'fibers' is not one of threads, processes"),
+        (Topology(2, 2), {"ranks": "fibers"}, "ranks 'fibers' is not one of auto, threads, processes"),
         (Topology(2, 2), {"redundant": 100}, "100 redundant slots"),
         (Topology(2, 2), {"redundant": -1}, "redundant is -1"),
         (Topology(2, 2), {"timeout": 0}, "timeout is 0"),

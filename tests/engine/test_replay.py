@@ -49,7 +49,7 @@ def test_requests_that_come_and_go_in_the_middle(anew: tuple[str, list[Any]]) ->
             for other in others:
                 llm.engine.abort(other.id)
             assert said(llm.generate(PROMPTS, PARAMS)) == expected
-        assert runner.replay is not None and runner.replay._tapes
+        assert runner.replay is not None and runner.replay._recorded
 
 
 def test_other_threads_and_other_engines(anew: tuple[str, list[Any]]) -> None:

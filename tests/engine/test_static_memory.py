@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from expertmesh import LLM, ModelConfig, Topology
 from expertmesh.config import EngineConfig
 from expertmesh.config.precision import PRECISIONS
-from expertmesh.engine.ranks import ThreadRanks, new_weights
+from expertmesh.engine.memory import new_weights
+from expertmesh.engine.ranks import ThreadRanks
 from expertmesh.kernels import Kernels, kernels_for
 from expertmesh.kernels.table import kernels_of
 from expertmesh.mesh.layout import Layout

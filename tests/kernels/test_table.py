@@ -24,7 +24,8 @@ def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_triton_library_kernels_run_and_say_what_is_lacking(device: str, package: str) -> None:
     kernels = kernels_for(device, "bfloat16")
     assert kernels.lacking == f"{package} is not installed; pip install {package}"
-    assert not kernels.de_interleaved and set(kernels.origin.values()) == {"eager", "reference"}
+    assert not kernels.de_interleaved and set(kernels.origin.values()) == {"grouped", "eager", "reference"}
+    assert kernels.uncaptured
     with pytest.raises(
         InputError, match=f"^strict: kernels of our own for {device} .*{package} is not installed"
     ):

@@ -66,7 +66,7 @@ def test_ascend_has_no_fp8() -> None:
 
 @pytest.mark.parametrize("name", sorted(NATIVE))
 def test_native_exchanges_are_for_cards(name: str, tiny_folder: Path) -> None:
-    with pytest.raises(InputError, match=f"exchange {name} is .*, between cards; on CPUs take two_tier"):
+    with pytest.raises(InputError, match=f"exchange {name} is .*, between cards; here take two_tier"):
         LLM(tiny_folder, topology=Topology(1, 2, 1), exchange=name)
     with pytest.raises(InputError, match=f"exchange {name} shares rows out .* evenly; leave out split now"):
         LLM(tiny_folder, topology=Topology(1, 2, 1), exchange=name, split="now")
