@@ -102,16 +102,16 @@ def seconds_of(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def random_numbers(*shape: int, scale: float = 1.0, seed: int = 1) -> Tensor:
-    """Of bfloat16. Large ones repeat themselves, which no product minds."""
+def random_numbers(*shape: int, scale: float = 1.0, seed: int = 1, dtype: torch.dtype = BF16) -> Tensor:
+    """Large ones repeat themselves, which no product minds."""
     count, most = math.prod(shape), 1 << 22
     some = torch.randn(min(count, most), generator=torch.Generator().manual_seed(seed)) * scale
-    return some.to(BF16).repeat(-(-count // most))[:count].view(shape).contiguous()
+    return some.to(dtype).repeat(-(-count // most))[:count].view(shape).contiguous()
 
 
 def keep(kernels: Any, precision: Precision, weight: Tensor, split: int = 1) -> Any:
-    """Weights [..., N, K] as our ops want them, in memory of their own."""
-    kept = kernels.matrix(tuple(weight.shape), split, precision.format, Kept(BF16, torch.device("cpu")))
+    """Weights [..., N, K] as our ops want them, in memory of their own, on the same device."""
+    kept = kernels.matrix(tuple(weight.shape), split, precision.format, Kept(weight.dtype, weight.device))
     if weight.dim() == 2:
         kept.copy_(weight)
     for slot in range(weight.shape[0]) if weight.dim() == 3 else ():

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 
+from expertmesh.commands.doctor_accelerator import add_accelerator, run_accelerator
 from expertmesh.commands.standings import describe, running_engines
 from expertmesh.device import KINDS, Device, find, free_memory, problem
 from expertmesh.device import found as found_devices
@@ -26,9 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show instead where each rank of every engine that runs on this machine stands, with its stack; for "
         "engines of this user whose ranks are processes. SIGUSR1 makes a driver or a rank print the same",
     )  # fmt: skip
+    add_accelerator(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.accelerator:
+        return run_accelerator(args)
     if args.ranks:
         engines = running_engines()
         print(json.dumps({"engines": engines}, ensure_ascii=False) if args.json else describe(engines))
