@@ -218,7 +218,7 @@ def test_engine_options_arrive(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Non
             "x",
             {
                 **plain,
-                "quantise": "none",
+                "quantise": "auto",
                 "prefix_cache": False,
                 "strict": True,
                 "topology": Topology(),
@@ -231,7 +231,7 @@ def test_engine_options_arrive(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Non
         None,
         {
             "dtype": "auto",
-            "quantise": "none",
+            "quantise": "auto",
             "prefix_cache": True,
             "strict": False,
             "progress": True,
