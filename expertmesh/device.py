@@ -94,10 +94,14 @@ class Device:
         if self.is_card:
             self.library.set_device(self.index)
 
-    def clock(self) -> float:
-        """Seconds of a clock, read when all that was asked of the device has been computed."""
+    def wait(self) -> None:
+        """Until all that was asked of it has been computed."""
         if self.is_card:
             self.library.synchronize(self.index)
+
+    def clock(self) -> float:
+        """Seconds of a clock, read when all that was asked of the device has been computed."""
+        self.wait()
         return time.perf_counter()
 
     def put(self, lists: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:

@@ -9,11 +9,14 @@ from typing import Any
 from tqdm import tqdm
 
 from expertmesh.bench.accelerator import report as reports
-from expertmesh.bench.accelerator import sizes, spot
+from expertmesh.bench.accelerator import sizes
 from expertmesh.bench.accelerator.examine import examine, steps
+from expertmesh.device import KINDS, Kind, find, found, problem
 from expertmesh.errors import InputError
 
 PROCESSES = 2  # that stand for cards on a CPU, where nobody says how many
+# Files of a driver that is there, whatever torch knows of its cards.
+DRIVERS = {"npu": "davinci[0-9]*", "cuda": "nvidia[0-9]*"}
 
 
 def add_accelerator(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +41,7 @@ def add_accelerator(parser: argparse.ArgumentParser) -> None:
 
 
 def run_accelerator(args: argparse.Namespace) -> int:
-    kind = spot.find(args.device)
+    kind = the_kind(args.device)
     cards = _cards(kind, args.cards)
     if args.out is not None:
         reports.check_out(args.out)
@@ -56,8 +59,23 @@ def run_accelerator(args: argparse.Namespace) -> int:
     return 0 if report["ok"] else 1
 
 
-def _cards(kind: spot.Kind, asked: int | None) -> int:
-    there = PROCESSES if kind == "cpu" else spot.count(kind)
+def the_kind(name: str, drivers: Path = Path("/dev")) -> Kind:
+    """For "auto" the first kind of card that is there: a processor has to be named. InputError says why there is no
+    such device. drivers: where these have their files."""
+    if name != "auto":
+        return find(name).kind
+    problems = {kind: problem(kind) for kind in KINDS if kind != "cpu"}
+    for kind, why in problems.items():
+        if not why:
+            return kind
+    driven = [kind for kind in problems if any(drivers.glob(DRIVERS[kind]))]
+    whys = "; ".join(f"{kind}: {problems[kind]}" for kind in driven or problems)
+    there = f"there is a driver of {' and of '.join(driven)}, but no card" if driven else "no card"
+    raise InputError(f"{there} that torch can use ({whys}); --device cpu shows here what is examined")
+
+
+def _cards(kind: Kind, asked: int | None) -> int:
+    there = PROCESSES if kind == "cpu" else len(found(kind))
     if asked is None:
         return there
     if asked < 1 or (kind != "cpu" and asked > there):

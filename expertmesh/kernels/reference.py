@@ -23,7 +23,9 @@ LATENT_EPS = 1e-6
 def matrix(shape: tuple[int, ...], split: int, format: Format, kept: Kept) -> Tensor:
     """A plain tensor."""
     if format is not PLAIN:
-        raise InputError(f"{format.name} weights need the CPU's own kernels, which compute in bfloat16")
+        raise InputError(
+            f"{format.name} weights need the CPU's own kernels, which compute in bfloat16; or say quantise none"
+        )
     return kept.empty(*shape)
 
 

@@ -17,8 +17,7 @@ from expertmesh.kernels.table import OPS
 from expertmesh.kernels.types import Prefill
 
 EPS = 1e-6
-
-
+THETA = 1e4  # of rotary positions, as DeepSeek has it
 # Those whose weights may be quantised; the others are the same in every precision.
 PRODUCTS = ("linear", "swiglu", "mla_down", "mla_up", "mla_prologue", "experts")
 
@@ -174,19 +173,14 @@ class _Attention:
 
     def __init__(self, side: Side, s: Shape, batch: Batch) -> None:
         self.side, self.s, self.batch = side, s, batch
-        self.rows, pages = rows_of(batch, s.page, side.where)
+        self.rows, pages = rows_of(batch, side.page, side.where)
         positions = torch.cat([torch.arange(known - count, known) for known, count in batch.sequences])
-        angles = torch.outer(
-            torch.arange(float(max(known for known, _ in batch.sequences))), torch.linspace(0, 1, s.rope // 2)
-        )
-        self.rotary = Rotary(
-            positions.to(side.where),
-            angles.cos().to(side.where),
-            angles.sin().to(side.where),
-            side.interleaved,
-        )
-        self.cache = new_cache(side, pages, s)
-        numbers = side.numbers(pages * s.page, s.cached, seed=10)
+        frequencies = THETA ** (-torch.arange(0, s.rope, 2) / s.rope)
+        angles = torch.outer(torch.arange(float(max(known for known, _ in batch.sequences))), frequencies)
+        positions, cos, sin = (each.to(side.where) for each in (positions, angles.cos(), angles.sin()))
+        self.rotary = Rotary(positions, cos, sin, side.interleaved)
+        self.cache = side.kernels.cache(pages, side.page, s.latent, s.rope, side.compute, side.where)
+        numbers = side.numbers(pages * side.page, s.cached, seed=10)
         kept = tensors(self.cache)
         for tensor, part in zip(kept, numbers.split([t.shape[-1] for t in kept], dim=-1), strict=True):
             tensor.copy_(part.reshape(tensor.shape))
@@ -226,7 +220,9 @@ class _Attention:
         inside = torch.einsum("thn,hnc->thc", plain[..., : s.nope], keys)
         found = torch.cat((inside, plain[..., s.nope :]), -1)
         if queries.absorbed.shape[0]:
-            found = torch.cat((queries.absorbed.float().cpu(), found))
+            # With their rotary part, or with that in a tensor behind them.
+            _, *absorbed = (each.float().cpu() for each in tensors(queries))
+            found = torch.cat((torch.cat(absorbed, dim=-1), found))
         return [found, torch.cat([t.flatten(0, -2) for t in tensors(self.cache)], dim=-1)]
 
 
@@ -255,9 +251,7 @@ def _mla_attention(side: Side, s: Shape, batch: Batch) -> Made:
     """Of queries as the same kernels make them: absorbed or not is their affair."""
     attention = _Attention(side, s, batch)
     queries = side.kernels.mla_up(*attention.low(), *attention.up())
-    side.taken = (
-        attention.cache_bytes + attention.kv_b.nbytes + queries.plain.nbytes + queries.absorbed.nbytes
-    )
+    side.taken = attention.cache_bytes + attention.kv_b.nbytes + sum(t.nbytes for t in tensors(queries))
     scale = (s.nope + s.rope) ** -0.5
     given = queries, attention.rows, attention.cache, attention.kv_b, scale, s.value
     absorbed, plain = 2 * s.latent + s.rope, s.nope + s.rope + s.value
@@ -267,11 +261,6 @@ def _mla_attention(side: Side, s: Shape, batch: Batch) -> Made:
         expanded = count * s.value * s.latent if count == 1 else known * (s.nope + s.value) * s.latent
         flops += 2.0 * s.heads * (pairs * (absorbed if count == 1 else plain) + expanded)
     return Made(lambda: side.kernels.mla_attention(*given), flops)
-
-
-def new_cache(side: Side, pages: int, s: Shape) -> Any:
-    """As these kernels have it in memory: tensors that end with a latent, with a rotated key, or with both."""
-    return torch.empty(pages, s.page, s.cached, dtype=side.compute, device=side.where)
 
 
 def rows_of(batch: Batch, page: int, where: torch.device) -> tuple[AttentionRows, int]:

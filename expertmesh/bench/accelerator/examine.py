@@ -14,10 +14,10 @@ from expertmesh.bench.accelerator.checks import CHECKS
 from expertmesh.bench.accelerator.profile import known_card, peaks, profile
 from expertmesh.bench.accelerator.sizes import Sizes
 from expertmesh.bench.accelerator.speeds import SPEEDS
-from expertmesh.bench.accelerator.spot import Kind
-from expertmesh.bench.accelerator.ticks import OWN, judge
+from expertmesh.bench.accelerator.ticks import OWN, PLAIN, QUANTISED, judge
 from expertmesh.bench.accelerator.worker import PRELOAD, PROGRAM
 from expertmesh.bench.accelerator.workers import Examiner, Workers, collectively
+from expertmesh.device import Kind
 from expertmesh.launch.forkserver import ForkServer
 
 SCHEMA = 1  # of the report; another one where a field changes its meaning or goes
@@ -58,12 +58,7 @@ def examine(
                 for case in cases(sizes)
             ]
             report["tokens"] = [
-                {
-                    "cards": n,
-                    "exchange": x,
-                    **ask(f"tokens, {n}", {"do": "tokens", "cards": n, "exchange": x}),
-                }
-                for n, x in _clusters(kind, cards)
+                how | ask(f"tokens, {how['cards']}", {"do": "tokens", **how}) for how in _models(kind, cards)
             ]
         finally:
             one.close()
@@ -74,7 +69,7 @@ def examine(
 
 def steps(kind: Kind, cards: int, sizes: Sizes) -> int:
     """How many things are examined."""
-    return 2 + len(SPEEDS) + len(CHECKS) + len(list(cases(sizes))) + len(_clusters(kind, cards))
+    return 2 + len(SPEEDS) + len(CHECKS) + len(list(cases(sizes))) + len(_models(kind, cards))
 
 
 def _judged(report: Report) -> Report:
@@ -84,9 +79,11 @@ def _judged(report: Report) -> Report:
     return report
 
 
-def _clusters(kind: Kind, cards: int) -> list[tuple[int, str]]:
-    """How many cards write together, and how rows reach their experts."""
-    return [(1, OWN)] + [(cards, name) for name in (OWN, *NATIVE[kind]) if cards > 1]
+def _models(kind: Kind, cards: int) -> list[dict[str, Any]]:
+    """How many cards write together, how rows reach their experts, and how weights are kept."""
+    ways = [(1, OWN, PLAIN), (1, OWN, QUANTISED)]
+    ways += [(cards, name, PLAIN) for name in (OWN, *NATIVE[kind]) if cards > 1]
+    return [dict(zip(("cards", "exchange", "weights"), way, strict=True)) for way in ways]
 
 
 def _message(case: Case) -> dict[str, Any]:

@@ -9,19 +9,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from expertmesh.bench.accelerator.spot import BACKENDS, Spot, Wrong
+from expertmesh.bench.accelerator.outcome import Wrong
+from expertmesh.device import Device
 from expertmesh.launch.interfaces import use_for_gloo
 
 RUN = 10  # exchanges in a measurement
 ROUNDS = 3  # measurements, of which the best is taken
 
 
-def meet(spot: Spot, place: Path, rank: int, ranks: int, timeout: float) -> None:
+def meet(device: Device, place: Path, rank: int, ranks: int, timeout: float) -> None:
     """Makes the default group. place: a file that all of them see."""
     use_for_gloo("127.0.0.1")
     store = dist.FileStore(str(place), ranks)
     bound = timedelta(seconds=timeout)
-    dist.init_process_group(BACKENDS[spot.kind], store=store, rank=rank, world_size=ranks, timeout=bound)
+    dist.init_process_group(device.backend, store=store, rank=rank, world_size=ranks, timeout=bound)
 
 
 def _all_to_all(own: Tensor, came: Tensor) -> None:
@@ -52,14 +53,14 @@ KINDS: dict[str, Callable[[Tensor, Tensor], None]] = {
 }
 
 
-def measure(spot: Spot, kind: str, size: int) -> float:
+def measure(device: Device, kind: str, size: int) -> float:
     """Seconds of one exchange of parts of so many bytes. Wrong where a part came damaged."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    own = torch.full((ranks * size,), rank + 1, dtype=torch.uint8, device=spot.where)
+    own = torch.full((ranks * size,), rank + 1, dtype=torch.uint8, device=device.where)
     came = torch.zeros_like(own)
     exchange = KINDS[kind]
     exchange(own, came)
-    spot.synchronise()
+    device.wait()
     wanted = came.view(ranks, size).float().mean(1).round().long().tolist()
     senders = [(rank - 1) % ranks] if kind == "neighbours" else range(ranks)
     if any(
@@ -70,11 +71,11 @@ def measure(spot: Spot, kind: str, size: int) -> float:
     best = float("inf")
     for _ in range(ROUNDS):
         dist.barrier()
-        spot.synchronise()
+        device.wait()
         start = time.perf_counter()
         for _ in range(RUN):
             exchange(own, came)
-        spot.synchronise()
+        device.wait()
         best = min(best, (time.perf_counter() - start) / RUN)
     return best
 

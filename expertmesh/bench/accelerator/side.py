@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from expertmesh.bench.accelerator.outcome import NotApplicable
 from expertmesh.bench.accelerator.sizes import Shape
 from expertmesh.bench.kernels import random_numbers
 from expertmesh.config.precision import FP8, PLAIN, W8A8, Format
@@ -36,21 +37,18 @@ PRECISIONS = {
 }
 
 
-class NotOffered(Exception):
-    """These kernels do not keep weights so."""
-
-
 @dataclass
 class Side:
-    """Whose ops run, and where their inputs are. interleaved: how the rotary parts of weights lie. taken: bytes of the
-    inputs so far."""
+    """Whose ops run, and where their inputs are. page: tokens of a page of the cache; interleaved: how the rotary parts
+    of weights lie. taken: bytes of the inputs so far."""
 
     kernels: Kernels
     where: torch.device
     precision: Precision
     compute: torch.dtype
+    page: int
     interleaved: bool
-    taken: float = field(default=0.0)
+    taken: float = field(default=0.0, init=False)
 
     def numbers(self, *shape: int, seed: int, scale: float = 1.0) -> Tensor:
         made = random_numbers(*shape, scale=scale, seed=seed, dtype=self.precision.dtype)
@@ -61,7 +59,7 @@ class Side:
         return made.to(self.where)
 
     def matrix(self, *shape: int, seed: int, split: int = 1) -> Any:
-        """Weights [..., N, K], as the kernels keep them."""
+        """Weights [..., N, K], as the kernels keep them. NotApplicable where they do not in this format."""
         weight = random_numbers(*shape, scale=shape[-1] ** -0.5, seed=seed, dtype=self.precision.dtype)
         blocks = _blocks(weight) if self.precision.format is FP8 else None
         if self.compute is torch.float32 and self.precision.dtype is not torch.float32:  # the reference
@@ -70,7 +68,7 @@ class Side:
         try:
             made = self.kernels.matrix(tuple(shape), split, self.precision.format, kept)
         except InputError as error:
-            raise NotOffered(str(error)) from None
+            raise NotApplicable(str(error)) from None
         for index in ((slot,) for slot in range(shape[0])) if len(shape) == 3 else ((),):
             part, values = (made[index], weight[index]) if index else (made, weight)
             if blocks is None:

@@ -22,7 +22,6 @@ class Shape:
     choices: int
     groups: int
     vocabulary: int
-    page: int
 
     @property
     def cached(self) -> int:
@@ -78,10 +77,11 @@ class Sizes:
         return Sizes(**given)
 
 
-RAGGED = Shape("ragged", 40, 3, 20, 16, 8, 12, 10, 24, 16, 5, 3, 4, 50, 4)
+RAGGED = Shape("ragged", 40, 3, 20, 16, 8, 12, 10, 24, 16, 5, 3, 4, 50)
 # A card of 8 that share the heads, and of 32 that share the experts.
-V3 = Shape("DeepSeek-V3", 7168, 16, 1536, 512, 64, 128, 128, 2048, 256, 8, 8, 8, 129280 // 8, 32)
-MIXED = Batch("decoding and prompts", ((1, 1), (5, 1), (37, 1), (9, 9), (40, 7)))
+V3 = Shape("DeepSeek-V3", 7168, 16, 1536, 512, 64, 128, 128, 2048, 256, 8, 8, 8, 129280 // 8)
+# Of one page and of several, whatever kernels have: the last token is the first of a page, or the last.
+MIXED = Batch("decoding and prompts", ((1, 1), (37, 1), (128, 1), (257, 1), (9, 9), (140, 7)))
 ONE = Batch("one row", ((6, 1),))
 DECODE = Batch("64 decode at 1,024", ((1024, 1),) * 64)
 PREFILL = Batch("a prompt of 512", ((512, 512),))

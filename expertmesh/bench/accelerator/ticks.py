@@ -9,6 +9,7 @@ from expertmesh.planner.cards import card
 
 COMPILED, FUSED = ("triton",), ("npu", "torch_npu")  # origins of ops
 OWN = "two_tier"  # the engine's own exchange
+PLAIN, QUANTISED = "bf16", "w8a8"  # weights of models that write tokens, in the words of `convert`
 SHARE = 0.5  # of a data sheet's memory and products that a card has to reach
 SEND = "send report.md and report.json with this line"
 
@@ -133,10 +134,12 @@ def _collectives(report: Mapping[str, Any]) -> Judged:
     )
 
 
-def _tokens(cluster: bool, native: bool = False) -> Callable[[Mapping[str, Any]], Judged]:
+def _tokens(
+    cluster: bool, native: bool = False, weights: str = PLAIN
+) -> Callable[[Mapping[str, Any]], Judged]:
     def judge(report: Mapping[str, Any]) -> Judged:
         rows = [row | {"title": row["exchange"]} for row in report["tokens"] if (row["cards"] > 1) == cluster]
-        rows = [row for row in rows if (row["exchange"] != OWN) == native]
+        rows = [row for row in rows if (row["exchange"] != OWN) == native and row["weights"] == weights]
         if not rows:
             return "none", "there are none for this device" if native else "one card"
         state, why = _worst(rows, rows[0]["why"], "{} of them")
@@ -185,9 +188,12 @@ TICKS = (
         "see whether the cards reach each other (npu-smi info -t topo; nvidia-smi topo -m); " + SEND,
     ),
     Tick("tokens", "the demo model writes the CPU's tokens on one card", "tokens of 1 card", _tokens(False)),
+    Tick(
+        "converted", "and with weights that convert wrote in W8A8", "tokens in w8a8", _tokens(False, weights=QUANTISED)
+    ),
     Tick("cluster", "and on all cards", "tokens of all cards", _tokens(True)),
     Tick(
-        "exchange", "and with the makers' own exchanges", "tokens by exchange", _tokens(True, native=True),
+        "exchange", "and there with the makers' own exchanges", "tokens by exchange", _tokens(True, native=True),
     ),
     Tick(
         "speed", "memory and products are as fast as the card's data sheet lets expect", "speeds", _speed,

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ import torch
 from expertmesh.bench.accelerator import links
 from expertmesh.bench.accelerator.cases import Case
 from expertmesh.bench.accelerator.checks import CHECKS, check_op
+from expertmesh.bench.accelerator.outcome import NotApplicable, Wrong
 from expertmesh.bench.accelerator.sizes import Batch, Shape, Sizes
 from expertmesh.bench.accelerator.speeds import SPEEDS
-from expertmesh.bench.accelerator.spot import NotApplicable, Spot, Wrong, spot
-from expertmesh.bench.accelerator.tokens import check_tokens
+from expertmesh.bench.accelerator.ticks import OWN, PLAIN
+from expertmesh.bench.accelerator.tokens import check_converted, check_tokens
+from expertmesh.device import Device, find
 from expertmesh.errors import InputError
 from expertmesh.kernels import Kernels, kernels_for
 from expertmesh.launch.channel import Channel, ChannelClosed
@@ -37,7 +40,7 @@ def serve(spec: dict[str, Any], channel: Channel, new: New = kernels_for) -> Non
     _listen_to_libraries(Path(spec["log"]))
     if spec["kind"] == "cpu":
         torch.set_num_threads(1)  # as a rank of the engine has that is a process
-    worker = Worker(spot(spec["kind"], spec["rank"]), Sizes.of(spec["sizes"]), spec, new)
+    worker = Worker(Sizes.of(spec["sizes"]), spec, new)
     with suppress(ChannelClosed):  # the examination is over
         while True:
             channel.send(_answer(worker, channel.receive()))
@@ -66,66 +69,67 @@ def _answer(worker: "Worker", message: dict[str, Any]) -> dict[str, Any]:
 class Worker:
     """What can be asked."""
 
-    def __init__(self, spot: Spot, sizes: Sizes, spec: dict[str, Any], new: New) -> None:
-        self.spot, self.sizes, self.spec, self.new = spot, sizes, spec, new
-        self._entered = False
+    def __init__(self, sizes: Sizes, spec: dict[str, Any], new: New) -> None:
+        self.sizes, self.spec, self.new = sizes, spec, new
 
-    def _enter(self) -> Spot:
-        """The first use of the card is part of what is asked: that may fail too."""
-        if not self._entered:
-            self.spot.enter()
-            self._entered = True
-        return self.spot
+    @cached_property
+    def device(self) -> Device:
+        """Its first use is part of what is asked: that may fail too."""
+        device = find(self.spec["kind"], self.spec["rank"])
+        device.take()
+        return device
 
     def _kernels(self, dtype: str) -> Kernels:
-        return self.new(self.spot.kind, dtype)
+        return self.new(self.device.kind, dtype)
 
     def identify(self) -> dict[str, Any]:
-        here = self._enter()
+        here = self.device
         torch.ones(8, device=here.where).sum().item()
         kernels = self._kernels("bfloat16")
         return {
             "name": _name(here),
-            "memory_bytes": here.memory()[1],
+            "memory_bytes": here.room().total,
             "kernels": kernels.origin,
             "lacking": kernels.lacking,
             "software": software(here),
         }
 
     def op(self, op: str, shape: dict[str, Any], batch: dict[str, Any], precision: str) -> dict[str, Any]:
-        here, dtype = self._enter(), "float32" if precision == "float32" else "bfloat16"
+        dtype = "float32" if precision == "float32" else "bfloat16"
         rows = Batch(batch["name"], tuple(map(tuple, batch["sequences"])))
-        return check_op(Case(op, Shape(**shape), rows, precision), self._kernels(dtype), here, self.sizes)
+        return check_op(
+            Case(op, Shape(**shape), rows, precision), self._kernels(dtype), self.device, self.sizes
+        )
 
     def speed(self, name: str) -> dict[str, Any]:
-        here = self._enter()
         with torch.inference_mode():
-            return SPEEDS[name](self._kernels("bfloat16"), here, self.sizes)
+            return SPEEDS[name](self._kernels("bfloat16"), self.device, self.sizes)
 
     def check(self, name: str) -> dict[str, Any]:
-        here = self._enter()
         with torch.inference_mode():
-            return CHECKS[name](self._kernels("bfloat16"), here)
+            return CHECKS[name](self._kernels("bfloat16"), self.device)
 
-    def tokens(self, cards: int, exchange: str) -> dict[str, Any]:
-        if self.spot.kind != "cpu":
-            raise NotApplicable("the engine of this version computes on CPUs only")
+    def tokens(self, cards: int, exchange: str, weights: str) -> dict[str, Any]:
+        options, tokens = {"device": self.spec["kind"], "exchange": exchange}, self.sizes.tokens
         try:
-            return check_tokens({"exchange": exchange}, cards, self.sizes.tokens)
-        except InputError as error:  # a package that is not installed, or a limit of it
-            raise NotApplicable(str(error)) from None
+            if weights == PLAIN:
+                return check_tokens(options, cards, tokens)
+            return check_converted(options, weights, cards, tokens)
+        except InputError as error:
+            if (exchange, weights) == (OWN, PLAIN):
+                raise
+            raise NotApplicable(str(error)) from None  # no such package or product, or a limit of it
 
     def meet(self, place: str) -> None:
-        here = self._enter()
-        links.meet(here, Path(place), self.spec["rank"], self.spec["ranks"], self.sizes.limit)
+        links.meet(self.device, Path(place), self.spec["rank"], self.spec["ranks"], self.sizes.limit)
 
     def link(self, kind: str, size: int) -> float:
-        return links.measure(self.spot, kind, size)
+        return links.measure(self.device, kind, size)
 
 
-def _name(here: Spot) -> str:
-    if here.card:
-        return str(here.backend.get_device_name(here.index))
+def _name(here: Device) -> str:
+    if here.is_card:
+        return here.name
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -133,7 +137,7 @@ def _name(here: Spot) -> str:
     return platform.machine()
 
 
-def software(here: Spot) -> dict[str, str]:
+def software(here: Device) -> dict[str, str]:
     """Versions of all that has a part in it."""
     found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.release()}"}
     for package in PACKAGES:
@@ -141,9 +145,9 @@ def software(here: Spot) -> dict[str, str]:
             found[package] = version(package)
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
-    if here.kind == "npu" and here.card:
+    if here.kind == "npu" and here.is_card:
         found |= _cann()
-    if here.kind == "cuda" and here.card:
+    if here.kind == "cuda" and here.is_card:
         with suppress(OSError, IndexError):
             text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
             found["driver"] = text.split("Module", 1)[1].split()[0]

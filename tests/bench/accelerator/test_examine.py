@@ -15,12 +15,13 @@ import torch
 
 from expertmesh import InputError
 from expertmesh.bench.accelerator import report as reports
-from expertmesh.bench.accelerator import sizes, spot
+from expertmesh.bench.accelerator import sizes
 from expertmesh.bench.accelerator.examine import examine, steps
 from expertmesh.bench.accelerator.profile import known_card
 from expertmesh.bench.accelerator.sizes import CARD, MIXED, RAGGED, Batch, Sizes
 from expertmesh.bench.accelerator.ticks import TICKS
 from expertmesh.cli import main
+from expertmesh.commands.doctor_accelerator import the_kind
 from expertmesh.kernels.table import OPS
 from expertmesh.planner.cards import NUMBERS, known_cards, read_card
 
@@ -77,8 +78,8 @@ SCHEMA = {
             bytes=NUMBER, flops=NUMBER, gbs=NUMBER, tflops=NUMBER, share=NUMBER,
         ),
         "tokens": rows(
-            {"cards": NUMBER, "exchange": TEXT, "state": STATE, "why": TEXT}, tokens=NUMBER, different=NUMBER,
-            margin=NUMBER,
+            {"cards": NUMBER, "exchange": TEXT, "weights": TEXT, "state": STATE, "why": TEXT}, tokens=NUMBER,
+            different=NUMBER, margin=NUMBER,
         ),
         "links": rows({"kind": TEXT, "bytes": NUMBER, "state": STATE, "why": TEXT}, us=NUMBER, gbs=NUMBER),
         "profile": {"type": ["object", "null"]},
@@ -111,7 +112,7 @@ def test_all_that_applies_to_a_cpu_is_ok(found: dict[str, Any]) -> None:
     assert [row for row in wrong if row["state"] not in ("ok", "none")] == []
     states = ticked(found)
     assert found["ok"] and list(states) == [tick.id for tick in TICKS]
-    always = {"device", "kernels", "repeats", "collectives", "tokens", "cluster"}
+    always = {"device", "kernels", "repeats", "collectives", "tokens", "converted", "cluster"}
     assert {name for name, state in states.items() if state == "ok"} >= always
     assert {row["op"] for row in found["ops"]} == set(OPS)
     assert all(
@@ -248,10 +249,12 @@ def test_bad_input(words: list[str], message: str, capsys: pytest.CaptureFixture
 def test_without_a_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--accelerator"]) == 2
     err = capsys.readouterr().err
-    assert "no card was found" in err and "--device cpu" in err and err.count("\n") == 1
+    assert "expertmesh: no card that torch can use (npu: torch_npu is not installed; " in err
+    assert "; cuda: " in err and "--device cpu" in err and err.count("\n") == 1
     (tmp_path / "davinci0").touch()
-    with pytest.raises(InputError, match="there is an Ascend card, but torch cannot use it: npu needs CANN"):
-        spot.find("auto", tmp_path)
+    expected = r"^there is a driver of npu, but no card that torch can use \(npu: torch_npu is not installed; [^;]*\);"
+    with pytest.raises(InputError, match=expected):
+        the_kind("auto", tmp_path)
 
 
 @pytest.mark.parametrize(

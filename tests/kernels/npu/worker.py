@@ -6,7 +6,7 @@ from contextlib import redirect_stdout
 from importlib import import_module
 from io import StringIO
 
-CHECKS = ("ops", "model", "shapes", "faults")
+CHECKS = ("ops", "model", "shapes", "faults", "examined")
 
 
 def main() -> None:
