@@ -417,6 +417,11 @@ def test_serve_loads_and_listens_where_it_is_told(
     assert rows["address"].startswith("http://127.0.0.1:") and rows["address"].endswith("/v1")
 
 
+def test_bench_says_before_it_measures_that_there_is_no_card(cli: Cli, tiny_folder: Path) -> None:
+    code, out, err = cli("bench", "engine", tiny_folder, "--alone", "--device", "npu")
+    assert (code, out) == (2, "") and err.startswith("expertmesh: device npu: ") and err.count("\n") == 1
+
+
 def test_bench_measures_and_prints_json(cli: Cli, tiny_folder: Path, tmp_path: Path) -> None:
     """Of a model with room for the benchmark's prompts."""
     write_config(tmp_path, TINY | {"max_position_embeddings": 1024})

@@ -21,6 +21,7 @@ from expertmesh.bench.peers import Peer, Source, Work
 from expertmesh.commands.cluster import add_cluster, given_cluster, given_topology
 from expertmesh.commands.options import add_precision
 from expertmesh.config import EngineConfig, ModelConfig
+from expertmesh.device import find
 from expertmesh.engine.checkpoint import open_checkpoint
 from expertmesh.errors import InputError
 from expertmesh.llm import demo_model
@@ -69,6 +70,7 @@ def bench_engine(args: argparse.Namespace) -> dict[str, Any]:
     options |= {"quantise": args.quantise, "device": args.device}
     config = EngineConfig(dtype=args.dtype, **options)
     config.check_precision(model)
+    find(config.device)  # what is not there is told here, not from within another process
     options["quantise"] = quantise = config.quantise_of(model)
     dtype = config.dtype_of(model)
     threads = args.threads or torch.get_num_threads()

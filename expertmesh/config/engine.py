@@ -128,7 +128,8 @@ class EngineConfig:
             )
         if self.quantise == "fp8" and model.fp8_block != (128, 128):
             raise InputError(
-                "quantise fp8 keeps FP8 blocks of 128 x 128 as a checkpoint has them, and this one has none"
+                "quantise fp8 keeps FP8 blocks of 128 x 128 as a checkpoint has them, and this one has none; "
+                "`expertmesh convert --to fp8` makes one that has"
             )
 
     def paged(self, best: int, readable: tuple[int, ...]) -> "EngineConfig":

@@ -145,9 +145,8 @@ class ModelConfig:
                 f"{folder}: there is no config.json in it, so this is not a model in the Hugging Face layout"
             )
         data = read_object(path)
-        if any(
-            folder.glob(DESCRIPTIONS)
-        ):  # says more than config.json, where something else may have been left
+        # It says more than config.json, where something else may have been left.
+        if any(folder.glob(DESCRIPTIONS)):
             data["quantization_config"] = {"quant_method": "ascend"}
         return cls.from_dict(data, str(path))
 

@@ -30,9 +30,9 @@ def told(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(out).free / 1e9
+            free = shutil.disk_usage(out).free / 1e6
             raise InputError(
-                f"{out}: the disk is full ({free:.1f} GB free); make room and start again: what is done stays done"
+                f"{out}: the disk is full ({free:,.1f} MB free); make room and start again: what is done stays done"
             ) from None
         raise InputError(f"{error.filename or out}: {error.strerror}") from None
 

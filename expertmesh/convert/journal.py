@@ -16,14 +16,12 @@ SAMPLES, SAMPLE = 16, 4096
 
 @dataclass
 class Journal:
-    """source: as `fingerprint` has it; done: bytes and SHA-256 of every finished shard; complete: whether the index is
-    there, which is written last."""
+    """source: as `fingerprint` has it; done: bytes and SHA-256 of every finished shard."""
 
     source: str
     target: str
     shard_size: int
     done: dict[str, tuple[int, str]] = field(default_factory=dict)
-    complete: bool = False
 
     @classmethod
     def open(cls, out: Path, source: str, target: str, shard_size: int) -> "Journal":
@@ -50,18 +48,14 @@ class Journal:
     @classmethod
     def read(cls, out: Path) -> "Journal":
         path = out / FILE
-        data: dict[str, Any] = read_object(path)
         try:
+            data: dict[str, Any] = read_object(path)
             done = {str(name): (int(size), str(digest)) for name, (size, digest) in data["done"].items()}
-            return cls(
-                str(data["source"]),
-                str(data["target"]),
-                int(data["shard_size"]),
-                done,
-                bool(data["complete"]),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise InputError(f"{path}: is no journal of a conversion; name another folder") from None
+            return cls(str(data["source"]), str(data["target"]), int(data["shard_size"]), done)
+        except (InputError, KeyError, TypeError, ValueError, AttributeError):
+            raise InputError(
+                f"{path}: is no journal of a conversion, or damaged; delete the folder, or name another one"
+            ) from None
 
     def write(self, out: Path) -> None:
         write_json(out / FILE, asdict(self))

@@ -57,6 +57,13 @@ class Conversion:
         files = sorted(p for p in self.checkpoint.folder.iterdir() if p.is_file())
         return [p for p in files if not p.name.startswith(".") and not any(p.match(left) for left in LEFT)]
 
+    @property
+    def rest(self) -> list[str]:
+        """The files that come after the shards. The index is the last: without it nobody takes the folder for a
+        checkpoint."""
+        described = [] if self.target.type is None else [DESCRIPTION]
+        return [*(p.name for p in self.others), "config.json", *described, self.target.index]
+
 
 def prepare(folder: Path, to: str, out: Path, shard_size: int = SHARD_SIZE) -> Conversion:
     """Check what can be checked before anything is written. InputError where the conversion cannot be."""
@@ -79,12 +86,13 @@ def convert(c: Conversion, tell: Told = lambda done, total: None) -> None:
             source = fingerprint(c.checkpoint)
             journal = Journal.open(c.out, source, c.target.name, c.shard_size)
             left = [shard for shard in c.shards if not journal.has(c.out, shard.file)]
-            if journal.complete and not left:
+            if not left and all((c.out / name).is_file() for name in c.rest):
                 return
+            for part in c.out.glob(f"*{PART}"):  # of one that was killed; it takes room
+                part.unlink()
             _check_room(c, left)
             total, done = sum(shard.nbytes for shard in left), 0
             for shard in left:
-                journal.complete = False
                 size = _write(c, shard, lambda count, done=done: tell(done + count, total))  # type: ignore[misc]
                 done += shard.nbytes
                 journal.done[shard.file] = size, checksum(c.out / shard.file)
@@ -94,8 +102,6 @@ def convert(c: Conversion, tell: Told = lambda done, total: None) -> None:
                     f"{c.checkpoint.folder}: has been changed meanwhile; begin again in another folder"
                 )
             _finish(c)
-            journal.complete = True
-            journal.write(c.out)
 
 
 def _check_room(c: Conversion, left: list[Shard]) -> None:
@@ -103,8 +109,8 @@ def _check_room(c: Conversion, left: list[Shard]) -> None:
     free = shutil.disk_usage(c.out).free
     if wanted > free:
         raise InputError(
-            f"{c.out}: {wanted / 1e9:.1f} GB are to be written, and the disk has {free / 1e9:.1f} GB free; make room, "
-            "or name a folder of another disk"
+            f"{c.out}: {wanted / 1e6:,.1f} MB are to be written, and the disk has {free / 1e6:,.1f} MB free; make "
+            "room, or name a folder of another disk"
         )
 
 
@@ -140,7 +146,7 @@ def pieces(checkpoint: Checkpoint, weight: Weight) -> Iterator[Tensor]:
 
 
 def _finish(c: Conversion) -> None:
-    """All that is no weight; the index comes last, without which nobody takes the folder for a checkpoint."""
+    """All that is no weight, in the order of `Conversion.rest`."""
     for path in c.others:
         copy(path, c.out / path.name)
     fields = read_object(c.checkpoint.folder / "config.json")

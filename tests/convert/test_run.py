@@ -193,6 +193,33 @@ def test_a_finished_folder_is_left_alone_and_repaired(plain: Path, tmp_path: Pat
     assert verify(c)
 
 
+@pytest.mark.parametrize(
+    "lost", ["config.json", "tokenizer_config.json", "quant_model_description.json", "index"]
+)
+def test_what_is_lost_of_a_finished_folder_comes_back(
+    lost: str, plain: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    made(plain, "w8a8", out)
+    (out / (TARGETS["w8a8"].index if lost == "index" else lost)).unlink()
+    made(plain, "w8a8", out)
+    assert contents(out) == whole
+
+
+def test_what_was_left_by_a_killed_one_takes_no_room(
+    plain: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    c = made(plain, "w8a8", out)
+    (out / c.shards[0].file).unlink()
+    part = out / f"{c.shards[0].file}{files.PART}"
+    part.write_bytes(b"half")
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(0 if part.exists() else 1 << 40))
+    made(plain, "w8a8", out)
+    assert contents(out) == whole
+
+
 def test_a_wrong_number_is_found(plain: Path, tmp_path: Path) -> None:
     """Also where the checksum is that of the wrong file."""
     out = tmp_path / "out"
@@ -262,7 +289,7 @@ def test_what_is_refused(plain: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         plain,
         "w8a8",
         tmp_path / "room",
-        r"0\.0 GB are to be written, and the disk has 0\.0 GB free; make room",
+        r"\d\.\d MB are to be written, and the disk has 0\.0 MB free; make room",
     )
 
 
@@ -277,7 +304,7 @@ def test_a_folder_of_another_conversion_is_refused(plain: Path, tmp_path: Path) 
     )
     assert contents(out) == before
     (out / FILE).write_text('{"done": []}')
-    refused(plain, "w8a8", out, "is no journal of a conversion")
+    refused(plain, "w8a8", out, "is no journal of a conversion, or damaged; delete the folder")
 
 
 def test_a_source_that_cannot_be_converted(tmp_path: Path) -> None:
