@@ -47,6 +47,8 @@ class Weight:
             return None
         if "kv_b_proj" in self.name:
             return None
+        if self.kind == "attention" and "o_proj" not in self.name:
+            return "prologue"
         return "experts" if self.kind == "routed" else "linear"
 
     @property
@@ -276,11 +278,14 @@ def moves_experts(config: ModelConfig, topology: Topology, rebalance: str) -> bo
     return rebalance != "off" and topology.ranks > 1 and bool(config.moe_layers)
 
 
-def expert_bytes(config: ModelConfig, dtype: str, quantise: str = "none", packed: bool = False) -> int:
+def expert_bytes(
+    config: ModelConfig, dtype: str, quantise: str | Precision = "none", packed: bool = False
+) -> int:
     """Bytes of one routed expert of one layer; packed: in the order of the CPU's own kernels, which fills up what does
     not divide."""
     width, hidden = config.moe_intermediate_size, config.hidden_size
-    format = Precision.of(quantise).experts
+    precision = Precision.of(quantise) if isinstance(quantise, str) else quantise
+    format = precision.experts
     if format is PLAIN and not packed:
         return 3 * width * hidden * DTYPE_BYTES[dtype]
     return 2 * sum(format.part_bytes(width, hidden)) + sum(format.part_bytes(hidden, width))

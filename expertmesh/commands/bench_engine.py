@@ -24,6 +24,7 @@ from expertmesh.config import EngineConfig, ModelConfig
 from expertmesh.device import find
 from expertmesh.engine.checkpoint import open_checkpoint
 from expertmesh.errors import InputError
+from expertmesh.kernels import kernels_for
 from expertmesh.llm import demo_model
 from expertmesh.mesh.layout import Layout
 
@@ -70,9 +71,9 @@ def bench_engine(args: argparse.Namespace) -> dict[str, Any]:
     options |= {"quantise": args.quantise, "device": args.device}
     config = EngineConfig(dtype=args.dtype, **options)
     config.check_precision(model)
-    find(config.device)  # what is not there is told here, not from within another process
-    options["quantise"] = quantise = config.quantise_of(model)
     dtype = config.dtype_of(model)
+    kernels = kernels_for(find(config.device).kind, dtype)
+    options["quantise"] = quantise = config.quantise_of(model, kernels.keeps)
     threads = args.threads or torch.get_num_threads()
     names = None if args.against is None else args.against.split(",")
     others = [] if args.alone else peers.choose(names, args.peers, threads)

@@ -56,7 +56,7 @@ def add_precision(add: Callable[..., Any]) -> None:
     add("--dtype", default="auto", help="auto (the checkpoint's), float32 or bfloat16")
     add(
         "--quantise", default="auto",
-        help=f"weights: auto (as a checkpoint of whole numbers has them, else none), {', '.join(PRECISIONS)}",
+        help=f"weights: auto (as the checkpoint has them where kernels keep that, else none), {', '.join(PRECISIONS)}",
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """How one engine runs a model. Frozen: `resolve` returns a new one."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from expertmesh.config.model import ModelConfig, fits
@@ -9,6 +10,8 @@ from expertmesh.errors import InputError
 
 LONGEST = 86_400  # seconds
 PAGE_SIZE = 32  # tokens, where kernels read any
+# What a checkpoint's own numbers stay in on a CPU, where nothing is said: FP8 is made bfloat16.
+KEPT = ("w8a8", "experts_int4")
 EVERY = r"every=([1-9][0-9]{0,8})"
 PREFIXES = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
@@ -18,10 +21,10 @@ class EngineConfig:
     """How one engine runs. None means: worked out once by `resolve`, from the model and the memory.
 
     dtype: what the weights are computed in; "auto" takes the checkpoint's.
-    quantise: how the weights of products are kept (`config.precision`): "auto" (as a checkpoint of whole numbers has
-    them, else "none"), "none" (as they are computed), "w8a8" (8-bit
-    whole numbers times rows that are quantised too), "experts_int8" and "experts_int4" (the routed experts' weights in
-    groups of 128), "fp8" (the checkpoint's own FP8 blocks).
+    quantise: how the weights of products are kept (`config.precision`): "auto" (as the checkpoint has
+    them where kernels keep that, whole numbers and on CUDA FP8 too, else "none"), "none" (as they are computed), "w8a8"
+    (8-bit whole numbers times rows that are quantised too), "experts_int8" and "experts_int4" (the routed experts'
+    weights in groups of 128), "fp8" (the checkpoint's own FP8 blocks).
     device: what computes: "cpu", "cuda", "npu", or "auto", the first kind of card that is there (`device.find`).
     max_context: longest request in tokens, prompt and output together.
     max_batch_tokens: token rows of one step; at least max_batch_requests, so that decoding never starves.
@@ -114,11 +117,12 @@ class EngineConfig:
             return self.dtype
         return "float32" if model.dtype == "float32" else "bfloat16"
 
-    def quantise_of(self, model: ModelConfig) -> str:
-        """How this model's weights are kept. Only bfloat16 is computed with whole numbers."""
+    def quantise_of(self, model: ModelConfig, keeps: Collection[str] = KEPT) -> str:
+        """How this model's weights are kept. Only bfloat16 is computed with quantised ones. keeps: of a checkpoint's
+        own, what kernels keep where nothing is said (`Kernels.keeps`)."""
         if self.quantise != "auto":
             return self.quantise
-        return model.kept if self.dtype_of(model) == "bfloat16" else "none"
+        return model.kept if model.kept in keeps and self.dtype_of(model) == "bfloat16" else "none"
 
     def check_precision(self, model: ModelConfig) -> None:
         """InputError where this model's weights cannot be kept as they are to be."""

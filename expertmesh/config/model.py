@@ -113,7 +113,9 @@ class ModelConfig:
 
     @property
     def kept(self) -> str:
-        """How the engine keeps this checkpoint's numbers as they are (`config.precision`); FP8 is expanded instead."""
+        """How this checkpoint's numbers are kept as they are (`config.precision`)."""
+        if self.fp8_block == (128, 128):
+            return "fp8"
         return "w8a8" if self.int8_rows else "experts_int4" if self.int4_group == 128 else "none"
 
     def is_moe(self, layer: int) -> bool:

@@ -38,16 +38,18 @@ W8A8 = Format("w8a8", 1, 64, 0)
 # Weights alone, which are made bfloat16 where they are used: whole numbers, or FP8 as the checkpoint has it.
 INT8, INT4, FP8 = Format("int8", 2, 64, 128), Format("int4", 3, 128, 128), Format("fp8", 4, 64, 128)
 
-MatrixKind = Literal["linear", "experts", "head"]
+MatrixKind = Literal["linear", "prologue", "experts", "head"]
 
 
 @dataclass(frozen=True)
 class Precision:
     """Formats of a model's matrices. experts: the routed ones; linear: all others but the head, the router and the
-    up-projection of the latents, which are never quantised."""
+    up-projection of the latents, which are never quantised; prologue: of these the projections before attention, where
+    kernels keep them in another format."""
 
     linear: Format = PLAIN
     experts: Format = PLAIN
+    prologue: Format | None = None
 
     @staticmethod
     def of(quantise: str) -> "Precision":
@@ -57,8 +59,9 @@ class Precision:
 
     def format(self, kind: MatrixKind, columns: int, cut: bool) -> Format:
         """cut: these columns are a TP rank's share. One that begins inside of an FP8 block is not kept as FP8."""
-        found = {"linear": self.linear, "experts": self.experts, "head": PLAIN}[kind]
-        return PLAIN if found is FP8 and cut and columns % 128 else found
+        prologue = self.linear if self.prologue is None else self.prologue
+        found = {"linear": self.linear, "prologue": prologue, "experts": self.experts, "head": PLAIN}[kind]
+        return PLAIN if found.name == FP8.name and cut and columns % 128 else found
 
 
 PRECISIONS = {

@@ -222,11 +222,11 @@ TARGETS = {
     for target in (
         Target("bf16"),
         Target(
-            "fp8", Form(_fp8_tensors, _fp8, _fp8_bound), frozenset({"linear", "experts", "latent_up"}),
+            "fp8", Form(_fp8_tensors, _fp8, _fp8_bound), frozenset({"linear", "prologue", "experts", "latent_up"}),
             fields=_fp8_fields,
         ),
         Target(
-            "w8a8", Form(_int8_tensors, _int8, _int8_bound), frozenset({"linear", "experts"}),
+            "w8a8", Form(_int8_tensors, _int8, _int8_bound), frozenset({"linear", "prologue", "experts"}),
             "quant_model_weight_w8a8_dynamic.safetensors.index.json", _w8a8_fields, "W8A8_DYNAMIC",
         ),
         Target("int4", Form(_int4_tensors, _int4, _int4_bound), frozenset({"experts"}), fields=_int4_fields),

@@ -55,6 +55,7 @@ class Engine:
         config = _placed(config, device, self.layout)
         self.kernels = kernels = kernels_for(device.kind, config.dtype_of(self.model), config.strict)
         config = _computable(config, kernels, device)
+        config = replace(config, quantise=config.quantise_of(self.model, kernels.keeps))
         self.ranks: Ranks
         if config.ranks == "processes":
             told = progress if callable(progress) else None

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from expertmesh.config import EngineConfig, cache_bytes_per_token
-from expertmesh.config.precision import Precision
 from expertmesh.device import Room
 from expertmesh.engine.checkpoint import Checkpoint, check_memory
 from expertmesh.errors import InputError
@@ -59,12 +58,10 @@ def resolve_memory(
     shards = shards_of(layout, config)
     config.check_precision(model)
     config = replace(config, quantise=config.quantise_of(model))
-    packed = kernels.graph is not None
-    kinds = static_bytes(
-        model, dtype, shards[0], config.quantise, packed=packed
-    )  # all ranks have as many slots
+    precision, packed = kernels.precision(config.quantise), kernels.graph is not None
+    kinds = static_bytes(model, dtype, shards[0], precision, packed=packed)  # all ranks have as many slots
     if moves_experts(model, topology, config.rebalance):
-        kinds["spare"] = expert_bytes(model, dtype, config.quantise, packed)
+        kinds["spare"] = expert_bytes(model, dtype, precision, packed)
     config = config.within(model, sum(kinds.values()))
     weights = sum(kinds.values()) * sharing
     if together:
@@ -92,7 +89,7 @@ def new_weights(
     made: dict[Hashable, Made] | None = None,
 ) -> New:
     """What makes a model's weights as the configuration wants them; made: what ranks of one process share."""
-    precision = Precision.of(config.quantise)
+    precision = kernels.precision(config.quantise)
     return New(TORCH_DTYPES[dtype], torch.device(device), kernels, made, precision)
 
 

@@ -13,10 +13,8 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from expertmesh.config.precision import FP8
 from expertmesh.engine.safetensors import Entry
 from expertmesh.errors import InputError
-from expertmesh.kernels.packed import PackedRows
 
 # Of each axis of a matrix, what a rank holds of it.
 Ranges: TypeAlias = Sequence[range]
@@ -214,7 +212,7 @@ def dequantise_blocks(
         stop = min(all_rows.stop, (start // block[0] + 1) * block[0])
         local = slice(start - all_rows.start, stop - all_rows.start)
         rows, scales = target[local], scale[start // block[0]]
-        if isinstance(rows, PackedRows) and rows.packed.format is FP8:
+        if getattr(rows, "keeps_fp8", False):
             rows.keep_fp8(part[local], scales[columns.start // block[1] :])
         else:
             rows.copy_(part[local].float() * column_scale[start // block[0]])

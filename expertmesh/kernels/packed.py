@@ -125,6 +125,11 @@ class PackedRows(_Place):
                 _word(torch.get_num_threads()),
             )  # fmt: skip
 
+    @property
+    def keeps_fp8(self) -> bool:
+        """Whether blocks of a checkpoint stay as they are."""
+        return self.packed.format is FP8
+
     def keep_fp8(self, values: Tensor, scales: Tensor) -> None:
         """FP8 values [rows, K] of one row of a checkpoint's blocks, and the scales of those, float32 [groups]."""
         packed, scales = self.packed, scales.contiguous()

@@ -6,15 +6,15 @@ rotary position and of its value; P the rotary part.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from expertmesh.config import ModelConfig
-from expertmesh.config.engine import PAGE_SIZE
-from expertmesh.config.precision import Format
+from expertmesh.config.engine import KEPT, PAGE_SIZE
+from expertmesh.config.precision import PRECISIONS, Format, Precision
 from expertmesh.errors import InputError
 from expertmesh.kernels import eager, grouped, reference
 from expertmesh.kernels.cpu import Cpu, variants
@@ -132,10 +132,11 @@ class Experts(Protocol):
 class Kernels:
     """One implementation per op. de_interleaved: weights have the rows of rotary parts in the order of halves
     (`places.de_interleaved`), whatever the checkpoint has; cache: makes the latent cache as these kernels have it in
-    memory; page: tokens of a page of it that they are fastest with; page_sizes: those that they can read, none where
-    they read any; graph: what records a step's ops and runs them again in one call, where these kernels can; lacking:
-    why the device's own kernels are not there, where they should be; uncaptured: why a graph of the device cannot hold
-    a step of these ops, where it cannot."""
+    memory; precisions: what weights are kept as, by the name of `EngineConfig.quantise`; keeps: those of them that a
+    checkpoint's own weights stay in where nothing is said; page: tokens of a page of the cache that they are fastest
+    with; page_sizes: those that they can read, none where they read any; graph: what records a step's ops and runs them
+    again in one call, where these kernels can; lacking: why the device's own kernels are not there, where they should
+    be; uncaptured: why a graph of the device cannot hold a step of these ops, where it cannot."""
 
     matrix: Matrix
     latent_up: NewLatentUp
@@ -155,11 +156,21 @@ class Kernels:
     origin: dict[str, str]
     de_interleaved: bool = False
     cache: NewCache = latent_cache
+    precisions: Mapping[str, Precision] = field(default_factory=lambda: PRECISIONS)
+    keeps: tuple[str, ...] = KEPT
     page: int = PAGE_SIZE
     page_sizes: tuple[int, ...] = ()
     graph: Recorder | None = None
     lacking: str = ""
     uncaptured: str = ""
+
+    def precision(self, quantise: str) -> Precision:
+        """InputError where these kernels keep no weights so."""
+        if quantise not in self.precisions:
+            raise InputError(
+                f"quantise {quantise} is not for the kernels of this device; say {', '.join(self.precisions)}"
+            )
+        return self.precisions[quantise]
 
     @property
     def on_reference(self) -> list[str]:
@@ -168,7 +179,9 @@ class Kernels:
 
 
 # Fields without a default are implementations of ops.
-OPS = tuple(f.name for f in fields(Kernels) if f.default is MISSING and f.name != "origin")
+OPS = tuple(
+    f.name for f in fields(Kernels) if f.default is f.default_factory is MISSING and f.name != "origin"
+)
 
 
 # Kinds of devices that are accelerators, and the package that gives them kernels.
@@ -218,14 +231,18 @@ def accelerated(device_type: str) -> Kernels:
             if error.name != "torch_npu":
                 raise NotBuilt(f"torch_npu does not load ({error}); set up CANN (set_env.sh)") from None
     try:
-        from expertmesh.kernels.triton import attention, moe
+        from expertmesh.kernels.triton import attention, moe, weights
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
         package = ACCELERATORS[device_type]
         raise NotBuilt(f"{package} is not installed; pip install {package}") from None
-    own = _fastest([("grouped", grouped), ("triton", attention), ("triton", moe)])
-    return replace(own, de_interleaved=True, page=PAGES[device_type])
+    own = _fastest([("grouped", grouped), ("triton", weights), ("triton", attention), ("triton", moe)])
+    # Cards of Ascend have no FP8: there it stays where that is asked for.
+    keeps = ("fp8", "w8a8") if device_type == "cuda" else ("w8a8",)
+    return replace(
+        own, de_interleaved=True, page=PAGES[device_type], precisions=weights.PRECISIONS, keeps=keeps
+    )
 
 
 def _libraries(device_type: str) -> Kernels:
@@ -252,6 +269,7 @@ def fused_by_ascend(limits: Mapping[str, Limit] = PUBLISHED) -> Kernels:
         cache=cache.latent_cache,
         page=cache.PAGE_SIZES[0],
         page_sizes=cache.PAGE_SIZES,
+        keeps=("w8a8",),
         uncaptured="attention takes the lengths of sequences from the host",
     )
 

@@ -22,11 +22,11 @@ class MLA:
         self.first_tp_rank = shard.tp_rank == 0
         part = shard.tp_rank
         self.norm = new("norm", c.hidden_size)
-        self.a = new.matrix("a", (c.q_lora_rank or 0) + c.latent_dim, c.hidden_size)
+        self.a = new.matrix("a", (c.q_lora_rank or 0) + c.latent_dim, c.hidden_size, kind="prologue")
         self.q_norm = new("q_norm", c.q_lora_rank) if c.q_lora_rank else None
         self.kv_norm = new("kv_norm", c.kv_lora_rank)
         queries = self.heads * c.qk_head_dim, c.q_lora_rank or c.hidden_size
-        self.q_b = new.matrix("q_b", *queries, split=self.heads, part=part)
+        self.q_b = new.matrix("q_b", *queries, split=self.heads, kind="prologue", part=part)
         self.kv_b = new.latent_up(
             "kv_b", self.heads, c.qk_nope_head_dim, c.v_head_dim, c.kv_lora_rank, part=part
         )

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,11 @@ from expertmesh.config import EngineConfig
 from expertmesh.config.precision import PRECISIONS
 from expertmesh.engine.memory import new_weights
 from expertmesh.engine.ranks import ThreadRanks
+from expertmesh.errors import InputError
 from expertmesh.kernels import Kernels, kernels_for
 from expertmesh.kernels.table import kernels_of
+from expertmesh.kernels.triton.weights import PRECISIONS as PRECISIONS_OF_TRITON
+from expertmesh.kernels.triton.weights import matrix
 from expertmesh.mesh.layout import Layout
 from expertmesh.model.deepseek import DeepSeek
 from expertmesh.weights import Shard, expert_bytes, static_bytes
@@ -85,6 +89,26 @@ def test_v3_with_kernels_of_our_own(nodes: int, cards: int, tp: int, redundant: 
         assert formula == static_bytes(V3, "bfloat16", shard, quantise)
         slots = sum(map(len, shard.slots.values()))
         assert formula["routed"] == slots * expert_bytes(V3, "bfloat16", quantise, packed=True)
+
+
+@pytest.mark.parametrize(("nodes", "cards", "tp", "redundant"), [*LAYOUTS[1:6], (4, 8, 32, 0)])
+@pytest.mark.parametrize("quantise", PRECISIONS_OF_TRITON)
+def test_v3_as_kernels_in_triton_keep_it(
+    nodes: int, cards: int, tp: int, redundant: int, quantise: str
+) -> None:
+    """Attention's prologue in bfloat16; in TP groups of 32 a rank's part of a dense layer begins inside of a block."""
+    topology = Topology(nodes, cards if tp <= cards else tp, tp)
+    layout = Layout.of(V3, topology, "two_tier", redundant)
+    kernels = replace(kernels_of(None), matrix=matrix, precisions=PRECISIONS_OF_TRITON)
+    shard = Shard.of(layout.topology.ranks - 1, layout.topology, layout.placement)
+    formula = static_bytes(V3, "bfloat16", shard, kernels.precision(quantise))
+    assert made_by(V3, shard, "bfloat16", quantise, kernels) == formula
+    slots = sum(map(len, shard.slots.values()))
+    assert formula["routed"] == slots * expert_bytes(V3, "bfloat16", kernels.precision(quantise))
+    with pytest.raises(
+        InputError, match=r"^quantise experts_int4 is not for the kernels .* none, w8a8, fp8$"
+    ):
+        made_by(V3, shard, "bfloat16", "experts_int4", kernels)
 
 
 @pytest.mark.skipif(not NATIVE, reason="no C++ compiler")

@@ -190,12 +190,12 @@ class _Attention:
     def down(self) -> tuple[Any, ...]:
         side, s = self.side, self.s
         norms = [1 + side.numbers(width, seed=12, scale=0.1) for width in (s.hidden, s.q_lora, s.latent)]
-        a = side.matrix(s.low, s.hidden, seed=14)
+        a = side.matrix(s.low, s.hidden, seed=14, kind="prologue")
         return side.numbers(self.batch.rows, s.hidden, seed=13), norms[0], EPS, a, None, norms[1], norms[2]
 
     def up(self) -> tuple[Any, ...]:
         s = self.s
-        q_b = self.side.matrix(s.heads * (s.nope + s.rope), s.q_lora, seed=15, split=s.heads)
+        q_b = self.side.matrix(s.heads * (s.nope + s.rope), s.q_lora, seed=15, split=s.heads, kind="prologue")
         return q_b, self.kv_b, self.rotary, self.rows, self.cache, s.heads
 
     def low(self) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from expertmesh.bench.accelerator.outcome import NotApplicable
 from expertmesh.bench.accelerator.sizes import Shape
 from expertmesh.bench.kernels import random_numbers
-from expertmesh.config.precision import FP8, PLAIN, W8A8, Format
+from expertmesh.config.precision import FP8, PLAIN, W8A8, Format, MatrixKind
 from expertmesh.errors import InputError
 from expertmesh.kernels import Kernels
 from expertmesh.kernels.memory import Kept
@@ -58,7 +58,7 @@ class Side:
         self.taken += made.nbytes
         return made.to(self.where)
 
-    def matrix(self, *shape: int, seed: int, split: int = 1) -> Any:
+    def matrix(self, *shape: int, seed: int, split: int = 1, kind: MatrixKind = "linear") -> Any:
         """Weights [..., N, K], as the kernels keep them. NotApplicable where they do not in this format."""
         weight = random_numbers(*shape, scale=shape[-1] ** -0.5, seed=seed, dtype=self.precision.dtype)
         blocks = _blocks(weight) if self.precision.format is FP8 else None
@@ -66,7 +66,7 @@ class Side:
             return self.there(weight.float() if blocks is None else _meaning(*blocks))
         kept = Kept(self.precision.dtype, self.where)
         try:
-            made = self.kernels.matrix(tuple(shape), split, self.precision.format, kept)
+            made = self.kernels.matrix(tuple(shape), split, self._format(kind), kept)
         except InputError as error:
             raise NotApplicable(str(error)) from None
         for index in ((slot,) for slot in range(shape[0])) if len(shape) == 3 else ((),):
@@ -79,6 +79,16 @@ class Side:
                 part[row : row + BLOCK].keep_fp8(numbers[row : row + BLOCK], scales[row // BLOCK])
         self.taken += made.nbytes
         return made
+
+    def _format(self, kind: MatrixKind) -> Format:
+        """In which these kernels keep what is to be quantised so."""
+        format = self.precision.format
+        if format is PLAIN:
+            return format
+        found = self.kernels.precision(format.name).format(kind, BLOCK, cut=False)
+        if found is PLAIN:
+            raise NotApplicable(f"{format.name} weights before attention stay as they are computed")
+        return found
 
     def latent_up(self, s: Shape, seed: int) -> Any:
         kv_b = self.numbers(s.heads * (s.nope + s.value), s.latent, seed=seed, scale=s.latent**-0.5)

@@ -1,14 +1,15 @@
 """The ops of an expert layer, made of kernels. Signatures and shapes are documented in `kernels.table`, semantics in
 `kernels.reference`."""
 
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from expertmesh.kernels import eager
 from expertmesh.kernels.triton.table import KERNELS
 from expertmesh.kernels.triton.tiles import target_of, tiles
+from expertmesh.kernels.triton.weights import Quantised
 from expertmesh.kernels.types import Routing
 
 # Columns of a row that share a scale where they are not all of it.
@@ -18,17 +19,6 @@ LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 VARIANTS = {torch.int8: "_int8", torch.float8_e4m3fn: "_fp8", torch.uint8: "_bytes"}
 # Programs that share the sums of a router's products: few rows alone would leave most of a card idle.
 ROUTER_PARTS = 16
-
-
-@dataclass(frozen=True)
-class Quantised:
-    """Matrices [..., N, K] of 8-bit numbers, a float32 scale for each block of `rows` x `group`: scales [..., N / rows,
-    K / group]. uint8 are FP8 (E4M3) by their bits, and multiply bfloat16; rows of others are quantised too."""
-
-    numbers: Tensor
-    scales: Tensor
-    rows: int
-    group: int
 
 
 Matrices: TypeAlias = Tensor | Quantised
@@ -84,10 +74,22 @@ def experts(
 
 def swiglu(x_TD: Tensor, gate_up: Matrices, down: Matrices) -> Tensor:
     """A dense layer is one expert that has all rows."""
-    T, dtype = x_TD.shape[0], _numbers(gate_up).dtype
+    return _feed_forward(*_one_expert(x_TD, gate_up), gate_up, down, x_TD.dtype)
+
+
+def linear(x_TD: Tensor, weight: Matrices, bias: Tensor | None = None) -> Tensor:
+    """By library kernels, but with weights that are quantised: the second product of one expert."""
+    if not isinstance(weight, Quantised):
+        return eager.linear(x_TD, weight, bias)
+    y = _product(*_one_expert(x_TD.contiguous(), weight), weight, x_TD.dtype)
+    return y if bias is None else y + bias
+
+
+def _one_expert(x_TD: Tensor, matrices: Matrices) -> tuple[Rows, Tensor]:
+    """All rows as products with these want them, and where the only expert's begin and end."""
+    (T, D), dtype = x_TD.shape, _numbers(matrices).dtype
     offsets = torch.arange(2, device=x_TD.device, dtype=torch.int32) * T
-    x: Rows = quantise(x_TD, dtype, _whole(dtype)) if dtype in LARGEST else (x_TD, None, x_TD.shape[1])
-    return _feed_forward(x, offsets, gate_up, down, x_TD.dtype)
+    return quantise(x_TD, dtype, _whole(dtype)) if dtype in LARGEST else (x_TD, None, D), offsets
 
 
 def expert_order(slots_RK: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,34 +149,36 @@ def _numbers(matrices: Matrices) -> Tensor:
 def _feed_forward(x: Rows, offsets: Tensor, gate_up: Matrices, down: Matrices, dtype: torch.dtype) -> Tensor:
     """Both products of experts with rows in their order."""
     (P, D), S, I = x[0].shape, offsets.shape[0] - 1, _numbers(down).shape[-1]  # noqa: E741
-    kind = _numbers(gate_up).dtype
-    gate_up_kernel, down_kernel = (KERNELS[name + VARIANTS.get(kind, "")] for name in ("gate_up", "down"))
+    kernel, kind = KERNELS["gate_up" + _variant(gate_up)], _numbers(down).dtype
     # Ascend's matrix units would hand every block of a sum to vector units to be scaled, which take longer than the
     # products: there a row has one scale, and is quantised when all of it is known.
     later = kind == torch.int8 and x[0].device.type == "npu"
     h: Rows = (x[0].new_empty(P, I, dtype=dtype), None, I)
     if kind in LARGEST and not later:
-        group = tiles(gate_up_kernel.name, target_of(offsets.device))["BLOCK_I"]
+        group = tiles(kernel.name, target_of(offsets.device))["BLOCK_I"]
         h = x[0].new_empty(P, I, dtype=kind), offsets.new_empty(P, -(-I // group), dtype=torch.float32), group
-    gate_up_kernel(
+    kernel(
         x_PD=x[0], x_scale=x[1], **_matrix(gate_up, "w_SID", D), offsets=offsets, h_PI=h[0], h_scale=h[1], S=S, D=D,
         I=I, X_GROUP=x[2], LARGEST=LARGEST.get(kind, 0.0),
     )  # fmt: skip
     if later:
         h = quantise(h[0], kind, whole=True)
-    y = x[0].new_empty(P, D, dtype=dtype)
-    down_kernel(
-        h_PI=h[0],
-        h_scale=h[1],
-        **_matrix(down, "w_SDI", I),
-        offsets=offsets,
-        y_PD=y,
-        S=S,
-        D=D,
-        I=I,
-        X_GROUP=h[2],
-    )
+    return _product(h, offsets, down, dtype)
+
+
+def _product(h: Rows, offsets: Tensor, down: Matrices, dtype: torch.dtype) -> Tensor:
+    """Rows in the order of their matrices, each times its own: [P, D]."""
+    (P, I), D, S = h[0].shape, _numbers(down).shape[-2], offsets.shape[0] - 1  # noqa: E741
+    y = h[0].new_empty(P, D, dtype=dtype)
+    KERNELS["down" + _variant(down)](
+        h_PI=h[0], h_scale=h[1], **_matrix(down, "w_SDI", I), offsets=offsets, y_PD=y, S=S, D=D, I=I, X_GROUP=h[2]
+    )  # fmt: skip
     return y
+
+
+def _variant(matrices: Matrices) -> str:
+    """End of the names of kernels for these."""
+    return VARIANTS.get(_numbers(matrices).dtype, "")
 
 
 def _matrix(matrices: Matrices, name: str, columns: int) -> dict[str, Tensor | int | None]:

@@ -9,8 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expertmesh.config.precision import FP8
+from expertmesh.engine.storage import dequantise_blocks
 from expertmesh.kernels import reference
+from expertmesh.kernels.memory import Kept
 from expertmesh.kernels.triton import moe
+from expertmesh.kernels.triton.weights import Quantised, matrix
 from expertmesh.kernels.types import Routing
 from tests.kernels.triton import small_floats
 from tests.kernels.triton.example import Example, Maker
@@ -40,7 +44,7 @@ def quantised(kind: str, weight: Tensor) -> tuple[Any, Tensor]:
     exact = weight.float() / floats(torch.ones_like(weight), scales, rows, group)
     numbers = (exact.round() if kind == "int8" else exact).to(dtype)
     kept = numbers.view(torch.uint8) if kind == "bytes" else numbers
-    return moe.Quantised(kept, scales, rows, group), floats(numbers, scales, rows, group).to(weight.dtype)
+    return Quantised(kept, scales, rows, group), floats(numbers, scales, rows, group).to(weight.dtype)
 
 
 def gate_and_up(kind: str, seed: int) -> tuple[Any, Tensor]:
@@ -55,7 +59,7 @@ def gate_and_up(kind: str, seed: int) -> tuple[Any, Tensor]:
     both = {
         field: torch.cat([getattr(part, field) for part in parts], dim=1) for field in ("numbers", "scales")
     }
-    return moe.Quantised(**both, rows=parts[0].rows, group=parts[0].group), means
+    return Quantised(**both, rows=parts[0].rows, group=parts[0].group), means
 
 
 def first(matrices: Any) -> Any:
@@ -102,6 +106,23 @@ def layers() -> Iterator[dict[str, Any]]:
         yield line(f"swiglu {kind} {rows} rows", {"y": found}, {"y": expected}, LOST[kind])
 
 
+def loaded(rows: int) -> Iterator[dict[str, Any]]:
+    """A TP rank's part of an FP8 matrix, which begins inside of a block, as a loader keeps it: a single product, and
+    one whose other factor is not quantised since its columns are cut."""
+    whole, exact = quantised("fp8", normal(1, 2 * INNER, HIDDEN, seed=8, scale=HIDDEN**-0.5))
+    mine, columns = range(INNER, 2 * INNER), range(HIDDEN)
+    kept = Kept(torch.float32, torch.device("cpu"))
+    part, both = (matrix((n * INNER, HIDDEN), n, FP8, kept) for n in (1, 2))
+    for place in (part, both[:INNER], both[INNER:]):
+        dequantise_blocks(whole.numbers[0, INNER:], whole.scales[0], (128, 128), (mine, columns), place)
+    means, bias, x = exact[0, INNER:], normal(INNER, seed=9), normal(rows, HIDDEN, seed=7)
+    found, expected = moe.linear(x, part, bias), reference.linear(x, means, bias)
+    yield line(f"linear fp8 {rows} rows", {"y": found}, {"y": expected}, LOST["fp8"])
+    down = normal(HIDDEN, INNER, seed=6, scale=INNER**-0.5)
+    found, expected = moe.swiglu(x, both, down), reference.swiglu(x, torch.cat((means, means)), down)
+    yield line(f"swiglu fp8 and plain {rows} rows", {"y": found}, {"y": expected}, LOST["fp8"])
+
+
 def exchange() -> Iterator[dict[str, Any]]:
     """Rows that were quantised to be sent, read again: a half of the last of 8 bits is lost."""
     for dtype, rows in product(moe.LARGEST, ROWS):
@@ -117,4 +138,6 @@ def check(examples: list[Example]) -> Iterator[dict[str, Any]]:
     small_floats.repair()
     yield from routers()
     yield from layers()
+    for rows in ROWS:
+        yield from loaded(rows)
     yield from exchange()

@@ -3,7 +3,17 @@
 from tests.kernels.triton.conftest import Found
 from tests.kernels.triton.model import TOKENS, VARIANTS
 
-OPS = {"mla_prologue", "mla_down", "mla_up", "mla_attention", "router", "experts", "swiglu"}
+OPS = {
+    "matrix",
+    "linear",
+    "mla_prologue",
+    "mla_down",
+    "mla_up",
+    "mla_attention",
+    "router",
+    "experts",
+    "swiglu",
+}
 
 
 def test_greedy_tokens_are_those_of_the_reference(found: Found) -> None:

@@ -35,6 +35,7 @@ class Check:
 CHECKS = {
     "interpreter": Check(("triton",), variables=(("TRITON_INTERPRET", "1"),)),
     "model": Check(("triton",), variables=(("TRITON_INTERPRET", "1"),)),
+    "quantised_model": Check(("triton",), variables=(("TRITON_INTERPRET", "1"),)),
     "moe_ops": Check(("triton",), variables=(("TRITON_INTERPRET", "1"),)),
     "stores": Check(("triton-ascend",)),
     "gaps": Check(("triton-ascend",)),
