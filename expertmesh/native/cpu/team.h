@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <thread>
 #if defined(__SANITIZE_ADDRESS__)
+#include <mutex>
 #include <sanitizer/asan_interface.h>
 #endif
 #if defined(__x86_64__)
@@ -61,6 +62,8 @@ struct Space {
         used += up(bytes, 64) * 64 + GAP;
         if (!block) return nullptr;
 #if defined(__SANITIZE_ADDRESS__)
+        static std::mutex one_at_a_time;  // all threads lay out the same memory
+        std::lock_guard<std::mutex> own(one_at_a_time);
         __asan_unpoison_memory_region(block + begin, bytes);
         __asan_poison_memory_region(block + begin + bytes, used - begin - bytes);
 #endif
