@@ -33,7 +33,8 @@ def format_name(dtype: torch.dtype) -> str:
 
 def quantise(x_TD: Tensor, form: Format) -> Rows:
     """Rows in a format, in a processor's memory."""
-    return tuple(part.numpy() for part in quantised(x_TD, form))
+    # By way of one axis: without any rows, two come with strides that torch does not take back.
+    return tuple(part.flatten().numpy().reshape(part.shape) for part in quantised(x_TD, form))
 
 
 def dequantise(rows: Rows, form: Format, dtype: torch.dtype) -> Tensor:

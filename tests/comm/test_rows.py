@@ -58,3 +58,10 @@ def test_quantising_loses_no_more_than_its_steps(name: str, width: int, size: fl
 def test_plain_rows_are_the_rows(name: str) -> None:
     x = torch.randn(3, 5).to(getattr(torch, name))
     assert torch.equal(dequantise(quantise(x, FORMATS[name]), FORMATS[name], x.dtype), x)
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_no_rows_have_bytes_that_torch_takes(name: str) -> None:
+    for part in quantise(torch.empty(0, 130), FORMATS[name]):
+        assert torch.from_numpy(part).view(-1).view(torch.uint8).shape == (0,)
+        assert torch.from_numpy(part).stride(-1) == 1
