@@ -200,7 +200,7 @@ def test_memory_compares_layouts(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ([*EXCHANGE, "--experts-per-token", "200"], "hold fewer than 200 experts"),
         ([*EXCHANGE, "--groups", "1", "--groups-per-token", "1", "--experts-per-token", "256"], "256 experts a token"),
         ([*EXCHANGE, "--tokens", "100000000"], "GB are free here"),
-        ([*EXCHANGE, "--ranks", "fibers"], "not one of auto, threads, processes"),
+        ([*EXCHANGE, "--ranks", "fibers"], "not one of threads, processes"),
         (["memory", "--rebalance", "often"], "rebalance 'often' is not one of auto, off, every=STEPS"),
         (["memory", "--layout", "8by8"], "not of the form 8x8"),
         (["memory", "--layout", "0x8"], "nodes is 0"),
