@@ -19,9 +19,8 @@ EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class Attention:
-    """What one rank has of a layer's attention. layers: how many there are to cycle over; None: as many as no cache
-    holds."""
+class AttentionSizes:
+    """What one rank has of a layer's attention."""
 
     name: str
     hidden: int
@@ -31,7 +30,6 @@ class Attention:
     rope: int
     nope: int
     value: int
-    layers: int | None = None
 
     @property
     def cached(self) -> int:
@@ -40,6 +38,13 @@ class Attention:
     @property
     def low(self) -> int:
         return self.q_lora + self.cached
+
+
+@dataclass(frozen=True)
+class Attention(AttentionSizes):
+    """layers: how many there are to cycle over; None: as many as no cache holds."""
+
+    layers: int | None = None
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,8 @@ def _fp8_tensors(w: Weight) -> list[Written]:
     return [Written(w.name, FP8, w.shape), Written(f"{w.name}_scale_inv", torch.float32, blocks)]
 
 
-def _fp8(x: Tensor) -> list[Tensor]:
+def fp8_blocks(x: Tensor) -> list[Tensor]:
+    """FP8 numbers of rows [N, K], and the scale of each block, [ceil(N / 128), ceil(K / 128)]."""
     blocks = _blocks(x)
     amax = blocks.abs().amax((1, 3), keepdim=True)
     scale = torch.where(amax > 0, (amax / FP8_MOST).clamp(min=2.0**-126), 1.0)
@@ -222,8 +223,8 @@ TARGETS = {
     for target in (
         Target("bf16"),
         Target(
-            "fp8", Form(_fp8_tensors, _fp8, _fp8_bound), frozenset({"linear", "prologue", "experts", "latent_up"}),
-            fields=_fp8_fields,
+            "fp8", Form(_fp8_tensors, fp8_blocks, _fp8_bound),
+            frozenset({"linear", "prologue", "experts", "latent_up"}), fields=_fp8_fields,
         ),
         Target(
             "w8a8", Form(_int8_tensors, _int8, _int8_bound), frozenset({"linear", "prologue", "experts"}),

@@ -5,18 +5,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from expertmesh.bench.accelerator.outcome import NotApplicable
 from expertmesh.bench.accelerator.sizes import Shape
 from expertmesh.bench.kernels import random_numbers
 from expertmesh.config.precision import FP8, PLAIN, W8A8, Format, MatrixKind
+from expertmesh.convert.formats import BLOCK, fp8_blocks
+from expertmesh.engine.storage import dequantise_blocks
 from expertmesh.errors import InputError
 from expertmesh.kernels import Kernels
 from expertmesh.kernels.memory import Kept
-
-BLOCK = 128  # rows and columns of an FP8 block
-LARGEST = 448.0  # of float8_e4m3fn
 
 
 @dataclass(frozen=True)
@@ -61,20 +59,19 @@ class Side:
     def matrix(self, *shape: int, seed: int, split: int = 1, kind: MatrixKind = "linear") -> Any:
         """Weights [..., N, K], as the kernels keep them. NotApplicable where they do not in this format."""
         weight = random_numbers(*shape, scale=shape[-1] ** -0.5, seed=seed, dtype=self.precision.dtype)
-        blocks = _blocks(weight) if self.precision.format is FP8 else None
+        fp8 = self.precision.format is FP8
         if self.compute is torch.float32 and self.precision.dtype is not torch.float32:  # the reference
-            return self.there(weight.float() if blocks is None else _meaning(*blocks))
+            return self.there(_rounded(weight) if fp8 else weight.float())
         kept = Kept(self.precision.dtype, self.where)
         try:
             made = self.kernels.matrix(tuple(shape), split, self._format(kind), kept)
         except InputError as error:
             raise NotApplicable(str(error)) from None
-        for index in ((slot,) for slot in range(shape[0])) if len(shape) == 3 else ((),):
-            part, values = (made[index], weight[index]) if index else (made, weight)
-            if blocks is None:
+        for part, values in _each(made, weight):
+            if not fp8:
                 part.copy_(values)
                 continue
-            numbers, scales = (b[index] if index else b for b in blocks)
+            numbers, scales = fp8_blocks(values.float())
             for row in range(0, shape[-2], BLOCK):
                 part[row : row + BLOCK].keep_fp8(numbers[row : row + BLOCK], scales[row // BLOCK])
         self.taken += made.nbytes
@@ -97,19 +94,16 @@ class Side:
         return made
 
 
-def _blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """FP8 numbers [..., N, K] and scales of blocks [..., N / 128, K / 128], of which the last ones may be partial."""
-    rows, columns = weight.shape[-2:]
-    whole = pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
-    blocks = whole.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
-    scales = blocks.abs().amax(dim=(-1, -3)) / LARGEST
-    numbers = (blocks / scales[..., :, None, :, None]).flatten(-2).flatten(-3, -2)[..., :rows, :columns]
-    return numbers.to(torch.float8_e4m3fn), scales
+def _each(made: Any, weight: Tensor) -> list[tuple[Any, Tensor]]:
+    """Each [N, K] of what is made, and of its numbers."""
+    return [(made[i], weight[i]) for i in range(len(weight))] if weight.dim() == 3 else [(made, weight)]
 
 
-def _meaning(numbers: Tensor, scales: Tensor) -> Tensor:
-    rows, columns = numbers.shape[-2:]
-    return (
-        numbers.float()
-        * scales.repeat_interleave(BLOCK, -2).repeat_interleave(BLOCK, -1)[..., :rows, :columns]
-    )
+def _rounded(weight: Tensor) -> Tensor:
+    """What is left of numbers in FP8 blocks, float32."""
+    out = torch.empty(weight.shape)
+    ranges = [range(size) for size in weight.shape[-2:]]
+    for part, values in _each(out, weight):
+        numbers, scales = fp8_blocks(values.float())
+        dequantise_blocks(numbers, scales, (BLOCK, BLOCK), ranges, part)
+    return out

@@ -3,33 +3,19 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+from expertmesh.bench.ops import AttentionSizes
+
 
 @dataclass(frozen=True)
-class Shape:
+class Shape(AttentionSizes):
     """A model's sizes as one card has them. experts: of a layer; slots: those of them that the card holds."""
 
-    name: str
-    hidden: int
-    heads: int
-    q_lora: int
-    latent: int
-    rope: int
-    nope: int
-    value: int
     inner: int
     experts: int
     slots: int
     choices: int
     groups: int
     vocabulary: int
-
-    @property
-    def cached(self) -> int:
-        return self.latent + self.rope
-
-    @property
-    def low(self) -> int:
-        return self.q_lora + self.cached
 
 
 @dataclass(frozen=True)
