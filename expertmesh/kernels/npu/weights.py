@@ -15,6 +15,7 @@ from torch import Tensor
 from expertmesh.config.precision import PLAIN, W8A8, Format
 from expertmesh.errors import InputError
 from expertmesh.kernels.memory import Kept
+from expertmesh.kernels.whole import whole_rows
 
 # ACL_FORMAT_FRACTAL_NZ: blocks of 16 rows and 32 bytes, as matrix units read them.
 FRACTAL_NZ = 29
@@ -123,10 +124,7 @@ class _Rows:
         if self.scales is None:
             self.data.copy_(values.t())
             return
-        values = values.float()
-        # As they are kept: rounded before they are divided by.
-        scales = (values.abs().amax(dim=1) / 127).clamp_min(1e-30).to(self.scales.dtype).float()
-        self.keep_int8((values / scales[:, None]).round_().clamp_(-127, 127).to(torch.int8), scales)
+        self.keep_int8(*whole_rows(values, self.scales.dtype))
 
     def keep_int8(self, values: Tensor, scales: Tensor) -> None:
         """values int8 [rows, K] and scales [rows]: symmetric, one for each output."""

@@ -15,6 +15,7 @@ from expertmesh.config.precision import FP8, PLAIN, W8A8, Format, Precision
 from expertmesh.errors import InputError
 from expertmesh.kernels.memory import Kept
 from expertmesh.kernels.triton import tiles
+from expertmesh.kernels.whole import whole_rows
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,7 @@ class Quantised:
 
     def copy_(self, values: Tensor) -> None:
         """values [N, K], of any type."""
-        values = values.float()
-        scales = (values.abs().amax(dim=-1) / 127).clamp_min(1e-30)
-        self.keep_int8((values / scales[..., None]).round_().clamp_(-127, 127).to(torch.int8), scales)
+        self.keep_int8(*whole_rows(values))
 
     def keep_int8(self, values: Tensor, scales: Tensor) -> None:
         """Whole numbers [N, K] and the size of one of them in each row, [N]. InputError where these are FP8."""
